@@ -1,0 +1,7 @@
+"""Find-Embedding with Gradient-Guided Soft Masking (arXiv 2602.10622), as a small library.
+
+Read the paper in seven files, in this order: ``template`` (Eq. 9-10), ``masks`` (Eq. 4),
+``guidance`` (Eq. 5, 15), ``recipes`` (A.4), ``loss`` (Eq. 6-8), ``model`` (Eq. 11-14), ``evaluation``.
+"""
+
+__version__ = "0.1.0"
