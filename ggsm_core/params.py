@@ -141,7 +141,9 @@ class Lora(Section):
     def _known(self) -> Lora:
         unknown = sorted(set(self.targets) - set(LORA_TARGETS))
         if unknown or not self.targets:
-            raise ValueError(f"targets: {unknown or '[]'} not in the decoder; allowed: {', '.join(LORA_TARGETS)}")
+            raise ValueError(
+                f"targets: {unknown or '[]'} not in the decoder; allowed: {', '.join(LORA_TARGETS)}"
+            )
         return self
 
 
@@ -270,12 +272,12 @@ class Profile(Section):
                     f"recipes.{name}.warm_steps: {guidance.warm_steps} must be below "
                     f"training.total_steps = {total}"
                 )
-            if guidance is not None and (site := re.fullmatch(r"layer:(\d+)", guidance.grad_site)):
-                if self.backbone.kind == "scratch" and int(site[1]) >= self.backbone.layers:
-                    raise ValueError(
-                        f"recipes.{name}.grad_site: {guidance.grad_site!r}, but the decoder has layers "
-                        f"0 to {self.backbone.layers - 1}"
-                    )
+            site = re.fullmatch(r"layer:(\d+)", guidance.grad_site) if guidance is not None else None
+            if site and self.backbone.kind == "scratch" and int(site[1]) >= self.backbone.layers:
+                raise ValueError(
+                    f"recipes.{name}.grad_site: {site[0]!r}, but the decoder has layers "
+                    f"0 to {self.backbone.layers - 1}"
+                )
         if self.objective.margin_from > 0 and self.objective.margin is None:
             raise ValueError("objective.margin_from: needs objective.margin, which is null")
         if (self.backbone.kind == "scratch") != (self.pretraining is not None):
@@ -321,7 +323,9 @@ def _explain(error: ValidationError, path: Path) -> str:
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"]) or "profile"
         if problem["type"] == "extra_forbidden":
-            lines.append(f"  {where}: unknown field (value {problem['input']!r}); allowed: {_allowed(problem['loc'])}")
+            lines.append(
+                f"  {where}: unknown field (value {problem['input']!r}); allowed: {_allowed(problem['loc'])}"
+            )
         elif problem["type"] == "value_error":
             lines.append(f"  {where}: {problem['ctx']['error']}")
         else:
@@ -370,4 +374,6 @@ if __name__ == "__main__":
     try:
         print("\n".join(describe(load(sys.argv[1]))))
     except (ProfileError, IndexError) as problem:
-        raise SystemExit(str(problem) if isinstance(problem, ProfileError) else "usage: python -m ggsm_core.params FILE")
+        raise SystemExit(
+            str(problem) if isinstance(problem, ProfileError) else "usage: python -m ggsm_core.params FILE"
+        )

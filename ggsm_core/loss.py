@@ -1,0 +1,136 @@
+"""InfoNCE with same-side negatives and a margin mask (Eq. 6-8).
+
+Shapes: B batch, d hidden size. ``user`` and ``answer`` are L2-normalised Float[B, d]; row i of one is the
+positive of row i of the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class LossError(ValueError):
+    """Embeddings or parameters InfoNCE can't be computed from."""
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """What stands in the denominators of Eq. 7, counted.
+
+    ``kept``: true negatives per row, over the three sums. ``masked_*``: the share of candidate negatives that
+    the margin mask of Eq. 8 removes, per sum (reading note 16).
+    """
+
+    kept: float
+    masked_user_answer: float
+    masked_user_user: float
+    masked_answer_answer: float
+
+
+def info_nce(
+    user: Tensor,
+    answer: Tensor,
+    *,
+    temperature: float = 0.05,
+    margin: float | None = 0.1,
+    same_side: bool = True,
+    answer_ids: Tensor | None = None,
+    user_ids: Tensor | None = None,
+) -> Tensor:
+    """The contrastive objective, Eq. 6, as a scalar.
+
+    Args:
+        user, answer: Float[B, d], L2-normalised.
+        temperature: tau.
+        margin: c_margin of Eq. 8, or None for no margin mask. Each of the three sums is masked by its own
+            s_ij against s(u_i, a_i) + margin; comparisons carry no gradient (reading note 9).
+        same_side: include user-user and answer-answer negatives.
+        answer_ids, user_ids: Long[B]; rows that share an answer or a user are never negatives of each other.
+
+    Raises:
+        LossError: shapes differ, a value isn't finite, tau <= 0 or margin < 0.
+    """
+    return info_nce_rows(
+        user,
+        answer,
+        temperature=temperature,
+        margin=margin,
+        same_side=same_side,
+        answer_ids=answer_ids,
+        user_ids=user_ids,
+    )[0].mean()
+
+
+def info_nce_rows(
+    user: Tensor,
+    answer: Tensor,
+    *,
+    temperature: float = 0.05,
+    margin: float | None = 0.1,
+    same_side: bool = True,
+    answer_ids: Tensor | None = None,
+    user_ids: Tensor | None = None,
+    rows: slice = slice(None),
+) -> tuple[Tensor, Negatives]:
+    """Eq. 6 before the mean: Float[b], the loss of each row in ``rows``, and what was counted as a negative.
+
+    A process of a distributed run holds all B embeddings and asks for its own rows.
+    """
+    _check(user, answer, temperature, margin, answer_ids, user_ids)
+    batch = user.shape[0]
+    index = torch.arange(batch, device=user.device)
+    candidate = index[rows, None] != index[None, :]
+    for ids in (answer_ids, user_ids):
+        if ids is not None:
+            candidate &= ids[rows, None] != ids[None, :]
+
+    # At least fp32: exp(1 / tau) and differences of close cosines do not survive half precision.
+    precision = torch.promote_types(user.dtype, torch.float32)
+    user, answer = user.to(precision), answer.to(precision)
+    positive = (user[rows] * answer[rows]).sum(1)
+    sums = [user[rows] @ answer.T]
+    if same_side:
+        sums += [user[rows] @ user.T, answer[rows] @ answer.T]
+
+    logits, masked, kept = [positive[:, None] / temperature], [], 0
+    for similarity in sums:
+        keep = candidate
+        if margin is not None:
+            keep = candidate & (similarity.detach() <= positive.detach()[:, None] + margin)
+        logits.append((similarity / temperature).masked_fill(~keep, -torch.inf))
+        masked.append(1 - float(keep.sum()) / max(int(candidate.sum()), 1))
+        kept += int(keep.sum())
+    every = torch.cat(logits, dim=1)
+    loss = torch.logsumexp(every, dim=1) - logits[0][:, 0]
+    masked += [0.0] * (3 - len(masked))
+    return loss, Negatives(kept / max(len(positive), 1), *masked)
+
+
+def _check(
+    user: Tensor,
+    answer: Tensor,
+    temperature: float,
+    margin: float | None,
+    answer_ids: Tensor | None,
+    user_ids: Tensor | None,
+) -> None:
+    if user.ndim != 2 or user.shape != answer.shape:
+        raise LossError(
+            f"user, answer: expected two Float[B, d], got {tuple(user.shape)} and {tuple(answer.shape)}"
+        )
+    if not temperature > 0:
+        raise LossError(f"temperature: {temperature} must be above 0")
+    if margin is not None and not margin >= 0:
+        raise LossError(f"margin: {margin} must be at least 0, or None to switch the margin mask off")
+    for name, ids in (("answer_ids", answer_ids), ("user_ids", user_ids)):
+        if ids is not None and ids.shape != user.shape[:1]:
+            raise LossError(
+                f"{name}: expected Long[B] with B = {user.shape[0]}, got shape {tuple(ids.shape)}"
+            )
+    for name, tensor in (("user", user), ("answer", answer)):
+        finite = torch.isfinite(tensor).all(1)
+        if not bool(finite.all()):
+            raise LossError(f"{name}: row {int((~finite).nonzero()[0])} holds a value that is not finite")
