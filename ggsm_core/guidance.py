@@ -48,9 +48,8 @@ def gradient_norms(loss: Tensor, hidden: Tensor) -> Tensor:
 
 def norms_of(gradient: Tensor) -> Tensor:
     """Float[B, L] norms of a gradient Float[B, L, d] that is already there."""
-    norms = torch.linalg.vector_norm(
-        gradient.detach().float() if gradient.dtype != torch.float64 else gradient.detach(), dim=-1
-    )
+    precision = torch.promote_types(gradient.dtype, torch.float32)  # half precision squares overflow
+    norms = torch.linalg.vector_norm(gradient.detach(), dim=-1, dtype=precision)
     if not bool(torch.isfinite(norms).all()):
         row, position = (~torch.isfinite(norms)).nonzero()[0].tolist()
         raise GuidanceError(
@@ -116,7 +115,8 @@ def open_linearly(weights: Tensor, step: int, warm_steps: int, total_steps: int)
 
     Returns:
         Float[B, L]: ``weights`` before ``warm_steps``, then (1 - alpha) w + alpha with
-        alpha = (t - T_warm) / (T_total - T_warm), 1 from ``total_steps`` on. Zeros stay zero: they are padding.
+        alpha = (t - T_warm) / (T_total - T_warm), 1 from ``total_steps`` on. Padding opens with the rest;
+        ``masks.additive_bias`` hides it whatever its weight.
     """
     if not 0 <= warm_steps < total_steps:
         raise GuidanceError(f"warm_steps: {warm_steps} must lie in [0, total_steps = {total_steps})")
@@ -125,30 +125,29 @@ def open_linearly(weights: Tensor, step: int, warm_steps: int, total_steps: int)
     if step < warm_steps:
         return weights
     alpha = min((step - warm_steps) / (total_steps - warm_steps), 1.0)
-    return torch.where(weights > 0, (1 - alpha) * weights + alpha, weights)
+    return (1 - alpha) * weights + alpha
 
 
-def by_position(weights: Tensor, valid: Tensor) -> Tensor:
-    """Mean weight at each distance from the last real token: Float[D], index 0 is ``<USER>`` (reading note 4).
+def by_position(weights: Tensor, valid: Tensor, length: int) -> Tensor:
+    """Mean weight at each distance from the last real token: Float[length] (reading note 4).
 
-    Counting back from ``<USER>`` aligns sequences of unequal length. D is the longest length in the batch.
+    Index 0 is ``<USER>``: counting back from it aligns sequences of unequal length. Distances that no
+    sequence of the batch reaches take the weight of the farthest one that is reached.
     """
     distance = _distance(valid)
-    longest = int(valid.sum(1).max())
-    total = torch.zeros(longest, dtype=weights.dtype, device=weights.device)
+    total = torch.zeros(length, dtype=weights.dtype, device=weights.device)
     count = torch.zeros_like(total)
     total.index_add_(0, distance[valid], weights[valid])
     count.index_add_(0, distance[valid], torch.ones_like(weights[valid]))
-    return total / count
+    farthest = int(distance[valid].max())
+    mean = total / count.clamp(min=1)
+    mean[farthest + 1 :] = mean[farthest]
+    return mean
 
 
 def from_position(profile: Tensor, valid: Tensor) -> Tensor:
-    """The inverse of ``by_position``: Float[B, L] for a new batch.
-
-    Tokens farther from ``<USER>`` than any seen take the farthest known weight.
-    """
-    index = _distance(valid).clamp(0, len(profile) - 1)
-    return profile.to(valid.device)[index].masked_fill(~valid, 0.0)
+    """The inverse of ``by_position``: Float[B, L] for a new batch, 0 on padding."""
+    return profile.to(valid.device)[_distance(valid).clamp(min=0)].masked_fill(~valid, 0.0)
 
 
 def _distance(valid: Tensor) -> Tensor:

@@ -272,6 +272,8 @@ class Profile(Section):
                     f"recipes.{name}.warm_steps: {guidance.warm_steps} must be below "
                     f"training.total_steps = {total}"
                 )
+            if name == "hybrid_mask" and guidance is not None and guidance.warm_steps < 1:
+                raise ValueError("recipes.hybrid_mask.warm_steps: 0 leaves no weights to freeze; at least 1")
             site = re.fullmatch(r"layer:(\d+)", guidance.grad_site) if guidance is not None else None
             if site and self.backbone.kind == "scratch" and int(site[1]) >= self.backbone.layers:
                 raise ValueError(

@@ -1,0 +1,357 @@
+"""The encoder: adapters, decoder under a recipe's mask, read-out (Fig. 1, Eq. 11-14).
+
+Shapes: B batch, L length, d hidden size, F size of the text encoder's vectors, N numbers of a record.
+Both towers are this one module; they differ in their template and in what the recipe says of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from ggsm_core import masks, recipes
+from ggsm_core.backbone import check_mask, positions
+from ggsm_core.params import Lora
+from ggsm_core.template import (
+    EOS_TOKEN,
+    MODALITIES,
+    NUMBERS,
+    RECORD_TOKEN,
+    SEGMENTS,
+    SPECIAL_TOKENS,
+    USER_TOKEN,
+    Batch,
+    NoToken,
+    TwoTokens,
+)
+
+
+class EncoderError(ValueError):
+    """An encoder that can't be built, loaded or trusted."""
+
+
+class NotFinite(EncoderError):
+    """A hidden state that is NaN or infinite."""
+
+
+class Adapter(nn.Module):
+    """One modality's adapter: text vector and numbers of a record -> one soft token of the decoder.
+
+    Text encoders are number-blind, so the numbers (``template.NUMBERS``) enter beside the vector.
+    """
+
+    def __init__(self, features: int, hidden: int, scale: float) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(features + len(NUMBERS), 2 * hidden),
+            nn.GELU(),
+            nn.Linear(2 * hidden, hidden),
+            nn.LayerNorm(hidden),
+        )
+        # Soft tokens start at the size of the decoder's own token embeddings.
+        nn.init.constant_(self.layers[-1].weight, scale)
+
+    def forward(self, features: Tensor, numbers: Tensor) -> Tensor:
+        """Float[n, F], Float[n, N] -> Float[n, d]."""
+        return self.layers(torch.cat([features, numbers], dim=-1))
+
+
+@dataclass(frozen=True)
+class Output:
+    """embedding: Float[B, d], L2-normalised. site: Float[B, L, d], the states that guidance asked for.
+
+    valid, segments: those of the sequence as the decoder saw it (a global token included).
+    """
+
+    embedding: Tensor
+    site: Tensor | None
+    valid: Tensor
+    segments: Tensor
+
+
+class UserEncoder(nn.Module):
+    """Template tokens -> L2-normalised embedding, under a recipe's mask.
+
+    Args:
+        decoder: any Hugging Face decoder without head; it must honour a 4-D additive mask (checked here).
+        tokenizer: holds the template's special tokens.
+        recipe: which future tokens are visible, when.
+        features: F, or None for plain text input without adapters.
+        lora: train low-rank updates and the rows of the tags instead of the whole decoder.
+        answer_mask: ``same`` (the recipe's own rule), ``causal`` or ``bidirectional`` for the answer tower.
+    """
+
+    def __init__(
+        self,
+        decoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        recipe: recipes.Recipe,
+        *,
+        features: int | None,
+        lora: Lora | None = None,
+        answer_mask: str = "same",
+    ) -> None:
+        super().__init__()
+        check_mask(decoder)
+        self.tokenizer = tokenizer
+        self.recipe = recipe
+        self.features = features
+        self.answer_mask = answer_mask
+        self.ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+        width = decoder.config.hidden_size
+        scale = float(decoder.get_input_embeddings().weight.detach().std())
+        self.adapters = nn.ModuleDict(
+            {name: Adapter(features, width, scale) for name in MODALITIES} if features is not None else {}
+        )
+        self.lora = lora
+        self.decoder = decoder if lora is None else _with_lora(decoder, lora, sorted(self.ids.values()))
+
+    @property
+    def hidden_size(self) -> int:
+        """d."""
+        return self.decoder.config.hidden_size
+
+    def embed_tokens(self, batch: Batch) -> Tensor:
+        """Float[B, L, d]: token embeddings, with each record's soft token in its place."""
+        embedded = self.decoder.get_input_embeddings()(batch.input_ids)
+        if self.features is None:
+            return embedded
+        slots = (batch.input_ids == self.ids[RECORD_TOKEN]) & batch.valid
+        if not bool(slots.any()):
+            return embedded
+        if batch.features is None or batch.numbers is None:
+            raise EncoderError(
+                "features, numbers: missing from a batch with <record> slots; collate with feature_of"
+            )
+        soft = embedded.clone()
+        for name, adapter in self.adapters.items():
+            here = slots & (batch.segments == SEGMENTS[name])
+            if bool(here.any()):
+                soft[here] = adapter(batch.features[here], batch.numbers[here]).to(soft.dtype)
+        return soft
+
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        tower: recipes.Tower = "user",
+        step: int | None = None,
+        weights: Tensor | None = None,
+        site: str | None = None,
+        causal: bool = False,
+    ) -> Output:
+        """Encode one tower.
+
+        Args:
+            batch: padded sequences, L tokens.
+            tower: whose template this is.
+            step: training step t, or None for the mask of inference.
+            weights: Float[B, L], guidance weights for recipes that use them.
+            site: also return the hidden states at this ``grad_site``.
+            causal: ignore the recipe and mask as in pre-training (the probe pass of two_pass).
+
+        Raises:
+            NoToken, TwoTokens: a row whose read-out token is not there exactly once.
+            NotFinite: an embedding that is NaN or infinite, with the row.
+        """
+        read_out = self._read_out(batch, tower)
+        hidden, valid, segments = self.embed_tokens(batch), batch.valid, batch.segments
+        if self.recipe.prefix is not None and tower == "user":
+            hidden, valid, segments = _prepend(self.recipe.prefix, hidden, valid, segments)
+            read_out = read_out + 1
+        view = recipes.View(valid, segments, hidden, step, tower, weights)
+        bias = masks.additive_bias(self._visibility(view, causal), valid, _compute_dtype(hidden))
+        with self._capture(site) as captured:
+            states = self.decoder(
+                inputs_embeds=hidden, attention_mask=bias, position_ids=positions(valid), use_cache=False
+            ).last_hidden_state
+        row = torch.arange(len(states), device=states.device)
+        read = states[row, read_out].float()
+        finite = torch.isfinite(read).all(1)
+        if not bool(finite.all()):
+            raise NotFinite(
+                f"hidden state: not finite at the read-out of row {int((~finite).nonzero()[0])} ({tower})"
+            )
+        sites = {"embeddings": hidden, "final": states}
+        chosen = None if site is None else captured.get(site, sites.get(site))
+        return Output(nn.functional.normalize(read, dim=1), chosen, valid, segments)
+
+    @torch.inference_mode()
+    def embed(self, batch: Batch, tower: recipes.Tower = "user") -> Tensor:
+        """Float[B, d]: frozen embeddings under the mask of inference."""
+        was_training = self.training
+        self.eval()
+        try:
+            return self(batch, tower=tower).embedding
+        finally:
+            self.train(was_training)
+
+    def _visibility(self, view: recipes.View, causal: bool) -> Tensor:
+        if causal or (view.tower == "answer" and self.answer_mask == "causal"):
+            return masks.causal(view.valid)
+        if view.tower == "answer" and self.answer_mask == "bidirectional":
+            return masks.bidirectional(view.valid)
+        return self.recipe.visibility(view)
+
+    def _read_out(self, batch: Batch, tower: recipes.Tower) -> Tensor:
+        """Long[B]: where ``<USER>`` (Eq. 12) or ``<EOS>`` (Eq. 14) stands."""
+        token = USER_TOKEN if tower == "user" else EOS_TOKEN
+        found = (batch.input_ids == self.ids[token]) & batch.valid
+        count = found.sum(1)
+        if bool((count != 1).any()):
+            row = int((count != 1).nonzero()[0])
+            problem = NoToken if count[row] == 0 else TwoTokens
+            raise problem(f"{tower} row {row}: holds {token} {int(count[row])} times, must hold it once")
+        return found.int().argmax(1)
+
+    @contextmanager
+    def _capture(self, site: str | None) -> Iterator[dict[str, Tensor]]:
+        captured: dict[str, Tensor] = {}
+        if site is None or not site.startswith("layer:"):
+            yield captured
+            return
+        blocks = self._base().layers
+        index = int(site.removeprefix("layer:"))
+        if index >= len(blocks):
+            raise EncoderError(f"grad_site: {site!r}, but the decoder has layers 0 to {len(blocks) - 1}")
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            captured[site] = output if isinstance(output, Tensor) else output[0]
+
+        handle = blocks[index].register_forward_hook(keep)
+        try:
+            yield captured
+        finally:
+            handle.remove()
+
+    def _base(self) -> PreTrainedModel:
+        return self.decoder if self.lora is None else self.decoder.get_base_model()
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """All that a checkpoint needs: with LoRA, not the frozen decoder."""
+        state = self.state_dict()
+        if self.lora is None:
+            return state
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        return {name: tensor for name, tensor in state.items() if name not in frozen}
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of ``trained_state``. A missing, unexpected or misshapen key raises ``EncoderError``."""
+        expected = self.trained_state()
+        missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+        misshapen = sorted(k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape)
+        if missing or unexpected or misshapen:
+            raise EncoderError(
+                f"checkpoint does not fit the encoder: missing {missing[:3]}, unexpected {unexpected[:3]}, "
+                f"other shape {misshapen[:3]} (of {len(missing)}, {len(unexpected)}, {len(misshapen)})"
+            )
+        self.load_state_dict(state, strict=False)
+
+    def save(self, folder: Path) -> None:
+        """Write weights (safetensors), recipe with its state, tokenizer and configuration into ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {k: v.contiguous() for k, v in self.trained_state().items()}, folder / "encoder.safetensors"
+        )
+        self._base().config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        description = {
+            "recipe": self.recipe.name,
+            "options": self.recipe.options.model_dump(),
+            "total_steps": self.recipe.total_steps,
+            "max_length": self.recipe.max_length,
+            "features": self.features,
+            "lora": self.lora.model_dump() if self.lora is not None else None,
+            "answer_mask": self.answer_mask,
+            "attention": self._base().config._attn_implementation,
+        }
+        (folder / "encoder.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, base: Path | None = None) -> UserEncoder:
+        """Read what ``save`` wrote, ready for ``embed``.
+
+        With LoRA, ``base`` is the folder of the decoder it was trained on: only the update was saved.
+        Raises ``EncoderError`` if a key is missing, unexpected or misshapen.
+        """
+        description = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+        lora = Lora(**description["lora"]) if description["lora"] else None
+        if lora is not None and base is None:
+            raise EncoderError(
+                f"{folder.name}: holds LoRA weights only; give base, the folder of its decoder"
+            )
+        attention = description["attention"]
+        decoder = (
+            AutoModel.from_config(AutoConfig.from_pretrained(folder), attn_implementation=attention)
+            if lora is None
+            else load_decoder(base, attention)
+        )
+        name = description["recipe"]
+        if name not in recipes.RECIPES:
+            raise EncoderError(
+                f"{folder.name}: was trained with recipe {name!r}, which is not registered here"
+            )
+        recipe = recipes.build(
+            name,
+            recipes.RECIPES[name].parameters.model_validate(description["options"]),
+            total_steps=description["total_steps"],
+            hidden_size=decoder.config.hidden_size,
+            max_length=description["max_length"],
+        )
+        encoder = cls(
+            decoder,
+            AutoTokenizer.from_pretrained(folder),
+            recipe,
+            features=description["features"],
+            lora=lora,
+            answer_mask=description["answer_mask"],
+        )
+        encoder.load_trained_state(load_file(folder / "encoder.safetensors"))
+        return encoder.eval()
+
+
+def load_decoder(folder: Path | None, attention: str) -> PreTrainedModel:
+    """The decoder of a Hugging Face folder, without its language-model head, in fp32."""
+    return AutoModel.from_pretrained(
+        folder, attn_implementation=attention, dtype=torch.float32, use_safetensors=True
+    )
+
+
+def _with_lora(decoder: PreTrainedModel, lora: Lora, token_ids: list[int]) -> Any:
+    """Low-rank updates on the named linear layers, and trainable rows for the template's tags."""
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+        trainable_token_indices={"embed_tokens": token_ids},
+    )
+    return get_peft_model(decoder, config)
+
+
+def _prepend(
+    prefix: Tensor, hidden: Tensor, valid: Tensor, segments: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the recipe's global token in front of every row."""
+    rows = len(hidden)
+    return (
+        torch.cat([prefix.to(hidden.dtype).expand(rows, 1, -1), hidden], dim=1),
+        torch.cat([valid.new_ones(rows, 1), valid], dim=1),
+        torch.cat([segments.new_full((rows, 1), recipes.GLOBAL_SEGMENT), segments], dim=1),
+    )
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype attention runs in: autocast's if it is on, else that of the hidden states."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
