@@ -92,3 +92,13 @@ def span(valid: Tensor, delta: int) -> Tensor:
     position = valid.long().cumsum(1)
     ahead = position[:, None, :] - position[:, :, None]  # [b, i, j] = real tokens from i to j
     return (ahead <= delta).float()
+
+
+def mean_visibility(visibility: Tensor, valid: Tensor) -> float:
+    """How open a mask is: the mean of w_ij over all future pairs of real tokens; 0 causal, 1 bidirectional."""
+    _check(visibility, valid)
+    batch, length = valid.shape
+    weight = visibility if visibility.ndim == 3 else visibility[:, None, :].expand(batch, length, length)
+    future = torch.ones(length, length, dtype=torch.bool, device=valid.device).triu(1)
+    pairs = valid[:, :, None] & valid[:, None, :] & future
+    return float(weight.detach()[pairs].mean()) if bool(pairs.any()) else 0.0

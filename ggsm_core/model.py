@@ -31,8 +31,7 @@ from ggsm_core.template import (
     SPECIAL_TOKENS,
     USER_TOKEN,
     Batch,
-    NoToken,
-    TwoTokens,
+    locate,
 )
 
 
@@ -70,13 +69,14 @@ class Adapter(nn.Module):
 class Output:
     """embedding: Float[B, d], L2-normalised. site: Float[B, L, d], the states that guidance asked for.
 
-    valid, segments: those of the sequence as the decoder saw it (a global token included).
+    visibility, valid: what the mask was made of, for the sequence as the decoder saw it (a global token
+    included).
     """
 
     embedding: Tensor
     site: Tensor | None
+    visibility: Tensor
     valid: Tensor
-    segments: Tensor
 
 
 class UserEncoder(nn.Module):
@@ -161,7 +161,7 @@ class UserEncoder(nn.Module):
             causal: ignore the recipe and mask as in pre-training (the probe pass of two_pass).
 
         Raises:
-            NoToken, TwoTokens: a row whose read-out token is not there exactly once.
+            template.NoToken, template.TwoTokens: a row whose read-out token is not there exactly once.
             NotFinite: an embedding that is NaN or infinite, with the row.
         """
         read_out = self._read_out(batch, tower)
@@ -170,7 +170,8 @@ class UserEncoder(nn.Module):
             hidden, valid, segments = _prepend(self.recipe.prefix, hidden, valid, segments)
             read_out = read_out + 1
         view = recipes.View(valid, segments, hidden, step, tower, weights)
-        bias = masks.additive_bias(self._visibility(view, causal), valid, _compute_dtype(hidden))
+        visibility = self._visibility(view, causal)
+        bias = masks.additive_bias(visibility, valid, _compute_dtype(hidden))
         with self._capture(site) as captured:
             states = self.decoder(
                 inputs_embeds=hidden, attention_mask=bias, position_ids=positions(valid), use_cache=False
@@ -184,7 +185,7 @@ class UserEncoder(nn.Module):
             )
         sites = {"embeddings": hidden, "final": states}
         chosen = None if site is None else captured.get(site, sites.get(site))
-        return Output(nn.functional.normalize(read, dim=1), chosen, valid, segments)
+        return Output(nn.functional.normalize(read, dim=1), chosen, visibility, valid)
 
     @torch.inference_mode()
     def embed(self, batch: Batch, tower: recipes.Tower = "user") -> Tensor:
@@ -206,13 +207,7 @@ class UserEncoder(nn.Module):
     def _read_out(self, batch: Batch, tower: recipes.Tower) -> Tensor:
         """Long[B]: where ``<USER>`` (Eq. 12) or ``<EOS>`` (Eq. 14) stands."""
         token = USER_TOKEN if tower == "user" else EOS_TOKEN
-        found = (batch.input_ids == self.ids[token]) & batch.valid
-        count = found.sum(1)
-        if bool((count != 1).any()):
-            row = int((count != 1).nonzero()[0])
-            problem = NoToken if count[row] == 0 else TwoTokens
-            raise problem(f"{tower} row {row}: holds {token} {int(count[row])} times, must hold it once")
-        return found.int().argmax(1)
+        return locate(batch.input_ids, self.ids[token], token)
 
     @contextmanager
     def _capture(self, site: str | None) -> Iterator[dict[str, Tensor]]:

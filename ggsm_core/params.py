@@ -96,6 +96,7 @@ class Template(Section):
 class Pairs(Section):
     """Rule-based behaviour pairs (Sec. 3.1)."""
 
+    query: bool = _field(True, "training pairs carry the query of their granularity; false leaves it out")
     granularities: list[Literal["categories", "visits", "weeks", "offers"]] = _field(
         ["categories", "visits", "weeks", "offers"], "how the future window is aggregated into an answer"
     )

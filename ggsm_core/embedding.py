@@ -1,0 +1,47 @@
+"""Frozen embeddings of the probe samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from safetensors.numpy import save_file
+
+from ggsm_core.model import UserEncoder
+from ggsm_core.template import collate
+from ggsm_core.tokens import Progress, Sequences
+from ggsm_core.training import build_encoder, features
+
+
+def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
+    """Stage ``embed``: Float[n, d], one row a probe sample.
+
+    Without a contrast run among its inputs it embeds with the decoder before contrastive training (the
+    paper's oracle), its adapters untrained.
+    """
+    if "contrast" in inputs:
+        base = inputs["pretrain"] if params.lora is not None else None
+        encoder = UserEncoder.load(inputs["contrast"], base=base)
+    else:
+        encoder = build_encoder(params, inputs)
+    users = Sequences.load(inputs["tokens"], "probe_users")
+    embeddings = embed_all(encoder, users, features(inputs["texts"]), progress=progress)
+    sample = pl.read_parquet(inputs["tokens"] / "probe.parquet")["sample"].to_numpy()
+    save_file({"embeddings": embeddings, "sample": sample.astype(np.int64)}, out / "embeddings.safetensors")
+
+
+def embed_all(
+    encoder: UserEncoder, users: Sequences, feature_of: Any, progress: Progress, batch_size: int = 256
+) -> np.ndarray:
+    """Float32[n, d], in the order of ``users``. Rows of like length share a batch, so little of it is padding."""
+    order = np.argsort(users.lengths(), kind="stable")
+    result = np.empty((len(users), encoder.hidden_size), np.float32)
+    device = next(encoder.parameters()).device
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = collate([users[i] for i in rows], encoder.ids["<pad>"], feature_of)
+        result[rows] = encoder.embed(batch.to(device)).float().cpu().numpy()
+        progress(start + len(rows), len(order), "users embedded")
+    return result
