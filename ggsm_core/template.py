@@ -213,8 +213,8 @@ def _vocabulary(tokenizer: PreTrainedTokenizerFast) -> _Vocabulary:
     special = set(tokenizer.all_special_tokens)
     if lacking := [token for token in SPECIAL_TOKENS if token not in added or token not in special]:
         raise TokenizerLacksTags(
-            f"tokenizer: {', '.join(lacking)} not among its special tokens; add all of template.SPECIAL_TOKENS "
-            "with tokenizer.add_special_tokens and resize the decoder's embeddings"
+            f"tokenizer: {', '.join(lacking)} not among its special tokens; add all of "
+            "template.SPECIAL_TOKENS with tokenizer.add_special_tokens and resize the decoder's embeddings"
         )
     text = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     text.no_truncation()
@@ -350,7 +350,7 @@ def collate(
     if feature_of is not None and (records := [record for e in encoded for record in e.records]):
         shift = [0 if side == "right" else length - len(e.input_ids) for e in encoded]
         rows = np.repeat(np.arange(len(encoded)), [len(e.slots) for e in encoded])
-        places = np.concatenate([e.slots + s for e, s in zip(encoded, shift)])
+        places = np.concatenate([e.slots + s for e, s in zip(encoded, shift, strict=True)])
         numbers = np.array([record.numbers for record in records], np.float32)
         if not np.isfinite(numbers).all():
             row = int(np.flatnonzero(~np.isfinite(numbers).all(1))[0])

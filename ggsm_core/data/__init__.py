@@ -1,1 +1,1 @@
-"""Events -> windows -> records, labels and behaviour pairs. ``complete_journey`` is the one adapter to real data."""
+"""Events -> windows -> records, labels and behaviour pairs. ``complete_journey`` adapts the real data."""

@@ -6,6 +6,7 @@ study of households by 84.51 degrees. The tables are identical; nothing here dep
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -67,9 +68,9 @@ def table(name: str) -> pl.LazyFrame:
 def purchases() -> pl.DataFrame:
     """Every bought item, 1,469,307 rows, with what it is and where it stood.
 
-    Columns: user, time (local), day, basket, store, amount, coupon, loyalty (dollars off), department, category,
-    fuel, display, mailer (codes; null where promotions do not list the product), covered (its store is one
-    of those that promotions cover at all).
+    Columns: user, time (local), day, basket, store, amount, coupon, loyalty (dollars off), department,
+    category, fuel, display, mailer (codes; null where promotions do not list the product), covered (its store
+    appears in promotions).
     """
     key = ["product_id", "store_id", "week"]
     bought = table("transactions")
@@ -150,12 +151,32 @@ def incomes() -> pl.DataFrame:
     )
 
 
-def goods() -> pl.Expr:
+SPELLED = dict(
+    pair.split("=")
+    for pair in (
+        "frzn=frozen refrgratd=refrigerated drnks=drinks drnk=drink sald=salad drsng=dressing "
+        "sndwch=sandwich sprd=spread bkd=baked fd=food flvrd=flavored brkfst=breakfast whlsm=wholesome "
+        "mxs=mixes mx=mix bn=bean veg=vegetable dsh=dish trsh=trash bg=bag wtr=water pnt=peanut btr=butter "
+        "sply=supply tiss=tissue dnr=dinner pkld=pickled pwdr=powder crystl=crystal jce=juice "
+        "conc=concentrate snks=snacks ckys=cookies crkr=crackers cndy=candy pckgd=packaged pkgd=packaged "
+        "sherbts=sherbets cleang=cleaning misc=other"
+    ).split()
+)
+"""The till's abbreviations as words: a text encoder knows the words."""
+
+
+def spell(name: str) -> str:
+    """A department or category as a person would write it."""
+    return re.sub(r"[a-z]+", lambda word: SPELLED.get(word[0], word[0]), " ".join(name.lower().split()))
+
+
+def goods(bought: pl.DataFrame) -> pl.Expr:
     """What an item is, in words: ``soft drinks (grocery)``."""
-    department = pl.col("department").str.to_lowercase()
-    category = pl.when("fuel").then(pl.lit("gasoline")).otherwise(pl.col("category").str.to_lowercase())
-    words = pl.format("{} ({})", category.fill_null("other goods"), department.fill_null("no department"))
-    return words.str.replace_all(r"\s+", " ")
+    names = {*bought["department"].unique(), *bought["category"].unique()} - {None}
+    spelled = {name: spell(name) for name in sorted(names)}
+    category = pl.when("fuel").then(pl.lit("gasoline")).otherwise(pl.col("category").replace(spelled))
+    department = pl.col("department").replace(spelled)
+    return pl.format("{} ({})", category.fill_null("other goods"), department.fill_null("no department"))
 
 
 def events(bought: pl.DataFrame) -> pl.DataFrame:
@@ -172,10 +193,9 @@ def events(bought: pl.DataFrame) -> pl.DataFrame:
         pl.sum("coupon", "loyalty").round(2), pl.first("day")
     )
     hour, weekend = pl.col("time").dt.hour(), pl.col("time").dt.weekday() >= 6
-    part = (
-        pl.when(hour < 5).then(pl.lit("night")).when(hour < 12).then(pl.lit("morning"))
-        .when(hour < 17).then(pl.lit("afternoon")).when(hour < 22).then(pl.lit("evening")).otherwise(pl.lit("night"))
-    )  # fmt: skip
+    part = ((hour + 2) % 24).cut(
+        [6, 13, 18], labels=["night", "morning", "afternoon", "evening"]
+    )  # from 22, 5, 12, 17 h
     week = pl.when(weekend).then(pl.lit("weekend")).otherwise(pl.lit("weekday"))
     position = pl.format(
         "{}, {}", pl.col("display").replace_strict(DISPLAYS), pl.col("mailer").replace_strict(MAILERS)
@@ -184,7 +204,7 @@ def events(bought: pl.DataFrame) -> pl.DataFrame:
         "user",
         "time",
         "basket",
-        text=goods(),
+        text=goods(bought),
         item=pl.format("{}/{}", pl.col("department").fill_null("-"), pl.col("category").fill_null("-")),
     ).agg(pl.sum("amount").round(2))
     parts = [

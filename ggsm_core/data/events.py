@@ -25,13 +25,13 @@ EPOCH = date(2017, 1, 1)
 
 SCHEMA = pl.Schema(
     {
-        "user": pl.String,
+        "user": pl.String(),
         "time": pl.Datetime("us", ZONE),
         "modality": pl.Enum(MODALITIES),
-        "text": pl.String,
-        "amount": pl.Float64,
-        "item": pl.String,
-        "simulated": pl.Boolean,
+        "text": pl.String(),
+        "amount": pl.Float64(),
+        "item": pl.String(),
+        "simulated": pl.Boolean(),
     }
 )
 DAY = (pl.col("time").dt.date() - EPOCH).dt.total_days().cast(pl.Int32)

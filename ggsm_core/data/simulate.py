@@ -1,7 +1,7 @@
 """Simulated search queries, for data without any. Off by default (``data.search``).
 
-A query is derived from one purchase and carries that purchase's time, so a window holds a simulated query only
-if it holds its purchase: nothing can leak from the future. Everything here is marked ``simulated``.
+A query is derived from one purchase and carries that purchase's time, so a window holds a simulated query
+only if it holds its purchase: nothing can leak from the future. Everything here is marked ``simulated``.
 """
 
 from __future__ import annotations

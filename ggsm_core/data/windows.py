@@ -1,13 +1,14 @@
 """Events -> samples, records of the history, events of the future, labels.
 
-A sample is a (user, anchor day a) with at least ``MIN_VISITS`` visits in its history [a - history_days, a). Its
-future is [a, a + future_days). Inputs are made from the history alone; the one exception to "dated before a" is
-a time-less fact, which has no date.
+A sample is a (user, anchor day a) with at least ``MIN_VISITS`` visits in its history [a - history_days, a).
+Its future is [a, a + future_days). Inputs come from the history and from facts without a date, nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ class WindowError(ValueError):
 def samples(events: pl.DataFrame, data: Any) -> pl.DataFrame:
     """All samples: sample (0..n-1, by user and anchor), user, anchor, split (train, probe, none).
 
-    ``temporal`` splits by anchor. ``new_users`` also halves the users by a seeded draw: one half is trained on,
-    the other probed, and what falls between is ``none``.
+    ``temporal`` splits by anchor. ``new_users`` also halves the users by a seeded draw: one half is trained
+    on, the other probed, and what falls between is ``none``.
     """
     anchors = sorted({*data.train_anchors, *data.probe_anchors})
     days = events.select(first=DAY.min(), last=DAY.max()).row(0, named=True)
@@ -52,8 +53,8 @@ def samples(events: pl.DataFrame, data: Any) -> pl.DataFrame:
         start, end = anchor - data.history_days, anchor + data.future_days - 1
         if start < days["first"] or end > days["last"]:
             raise WindowError(
-                f"data.train_anchors, data.probe_anchors: anchor {anchor} needs days {start} to {end}, the log has "
-                f"{days['first']} to {days['last']}; move the anchor or shorten the windows"
+                f"data.train_anchors, data.probe_anchors: anchor {anchor} needs days {start} to {end}, the "
+                f"log has {days['first']} to {days['last']}; move the anchor or shorten the windows"
             )
     visits = (
         events.lazy().filter((pl.col("modality") == "app") & ~pl.col("simulated")).select("user", day=DAY)
@@ -182,8 +183,10 @@ def _aggregate(window: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def future(events: pl.DataFrame, found: pl.DataFrame, future_days: int) -> pl.DataFrame:
-    """Real events after the anchor: sample, offset (0..future_days - 1), hour, weekday (1 = Monday), modality,
-    text, item, amount. What training pairs are made from; never an input."""
+    """Real events after the anchor, what training pairs are made from; never an input.
+
+    Columns: sample, offset (0..future_days - 1), hour, weekday (1 = Monday), modality, text, item, amount.
+    """
     dated = events.lazy().filter(pl.col("time").is_not_null() & ~pl.col("simulated")).with_columns(day=DAY)
     offset = pl.col("day") - pl.col("anchor")
     return (
@@ -227,15 +230,12 @@ def users(records: pl.DataFrame, template: Any) -> Iterator[tuple[int, User]]:
     names = kept["modality"].cast(pl.String).to_list()
     numbers = kept.select(NUMBERS).iter_rows()
     made = map(Record, kept["text"].to_list(), numbers, kept["simulated"].to_list())
-    current, user = None, {}
-    for sample, name, record in zip(kept["sample"].to_list(), names, made):
-        if sample != current:
-            if current is not None:
-                yield current, User(user)
-            current, user = sample, {}
-        user.setdefault(name, []).append(record)
-    if current is not None:
-        yield current, User(user)
+    rows = zip(kept["sample"].to_list(), names, made, strict=True)
+    for sample, group in groupby(rows, key=itemgetter(0)):
+        user: dict[str, list[Record]] = {}
+        for _, name, record in group:
+            user.setdefault(name, []).append(record)
+        yield sample, User(user)
 
 
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Callable[[int, int, str], None]) -> None:
