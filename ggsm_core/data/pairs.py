@@ -1,13 +1,13 @@
-"""Rule-based behaviour pairs (paper 3.1): a query about a user's future, and what then happened as its answer.
+"""Rule-based behaviour pairs (paper 3.1): a query about a user's future, and what happened as its answer.
 
-The next ``future_days`` of a training sample are aggregated by action type or time bin into facts, and a seeded
-subset of them is written down in one sentence. Granularities:
+The next ``future_days`` of a training sample are aggregated by action type or time bin into facts, and a
+seeded subset of them is written down in one sentence. Granularities:
 
 | name | aggregated by | facts |
 | --- | --- | --- |
 | categories | kind of purchase | spend, breadth, kinds bought (rare ones preferred: they tell users apart) |
-| visits | visit | how many, first, last, longest gap, the usual store and hours |
-| weeks | week | spend |
+| visits | visit | how many, first and last, longest gap, the usual store and hours |
+| weeks | week | spend and visits |
 | offers | kind of offer | coupons redeemed, campaigns, discounts, share bought from mailer and display |
 
 A future without events is an answer too. Only ``train`` samples are looked at, so no answer knows a day on or
@@ -18,15 +18,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from itertools import groupby
 from math import floor, log10
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-ROOM = 23
-"""Most words (and digits, and signs) of an answer: what keeps it below 32 tokens of a BPE that knows its words."""
+ROOM = 26
+"""Words, digits and signs of an answer at most: keeps it below 32 tokens of a BPE that knows its words."""
 
 QUERIES = {
     "categories": "What will this user buy in the next {days} days?",
@@ -58,9 +60,9 @@ def build(
 ) -> pl.DataFrame:
     """One pair for each train sample and granularity.
 
-    ``future`` and ``samples`` are those of ``windows``; at most ``facts`` facts go into an answer. Columns: sample,
-    granularity, query, answer, answer_id (0.., equal for equal answers). The draw depends on ``seed`` and on which
-    events there are, not on the order of their rows.
+    ``future`` and ``samples`` are those of ``windows``; at most ``facts`` facts go into an answer. Columns:
+    sample, granularity, query, answer, answer_id (0.., equal for equal answers). The draw depends on ``seed``
+    and on which events there are, not on the order of their rows. Raises ``PairError``.
     """
     train = samples.filter(pl.col("split") == "train").sort("sample")["sample"]
     if train.is_empty():
@@ -116,7 +118,7 @@ def _categories(future: pl.DataFrame, facts: int, rng: np.random.Generator, days
         .agg(pl.col("kind").head(facts))
     )
     return {
-        sample: _sentence(f"Spends {_about(amount)} dollars on {breadth} kinds of goods:", names, joint=" ")
+        sample: _sentence(f"Buys {breadth} kinds for {_about(amount)} dollars:", names, joint=" ")
         for sample, names, amount, breadth in drawn.join(
             spent, on="sample", maintain_order="left"
         ).iter_rows()
@@ -139,29 +141,32 @@ def _visits(future: pl.DataFrame, facts: int, rng: np.random.Generator, days: in
     )
     answers = {}
     for sample, count, first, last, gap, place, hours in table.iter_rows():
-        head = f"{count} visits" if count > 1 else "One visit"
-        found = [f"first on day {first}", f"mostly on {hours}"]
-        found += [f"mostly {place}"] if place else []
-        found += [f"last on day {last}", f"longest gap {gap} days"] if count > 1 else []
-        answers[sample] = _sentence(head, _draw(found, facts - 1, rng))
+        found = [f"from day {first} to day {last}", f"longest gap {gap} days"]
+        if count == 1:
+            found = [f"on day {first}"]
+        found.append(f"mostly {hours} at {place}" if place else f"mostly {hours}")
+        answers[sample] = _sentence(f"{count} visits" if count > 1 else "One visit", _draw(found, facts, rng))
     return answers
 
 
 def _weeks(future: pl.DataFrame, facts: int, rng: np.random.Generator, days: int) -> dict[int, str]:
-    weeks = max(days // 7, 1)
-    spent = (
-        _bought(future)
-        .group_by("sample", week=(pl.col("offset") // 7).clip(upper_bound=weeks - 1))
-        .agg(pl.col("amount").sum().round(2))
+    weeks = max(days // 7, 1)  # the last one takes the days that are left over
+    key = ["sample", (pl.col("offset") // 7).clip(upper_bound=weeks - 1).alias("week")]
+    spent = _bought(future).group_by(key).agg(spent=pl.col("amount").sum().round(2))
+    visits = future.filter(pl.col("modality") == "app").group_by(key).agg(visits=pl.len())
+    both = (
+        spent.join(visits, on=["sample", "week"], how="full", coalesce=True)
+        .fill_null(0)
         .sort("sample", "week")
-        .group_by("sample", maintain_order=True)
-        .agg("week", "amount")
     )
     answers = {}
-    for sample, active, amounts in spent.iter_rows():
-        by_week = dict(zip(active, amounts, strict=True))
-        found = [f"{_about(by_week[w]) if w in by_week else 'nothing'} in week {w + 1}" for w in range(weeks)]
-        answers[sample] = _sentence("Dollars spent:", _draw(found, facts, rng), joint=" ")
+    for sample, rows in groupby(both.iter_rows(), key=itemgetter(0)):
+        found = {week: (_about(amount), count) for _, week, amount, count in rows}
+        drawn = [int(week) for week in _draw([str(week) for week in range(weeks)], facts, rng)]
+        dollars, counts = (_list(found.get(week, (0, 0))[i] for week in drawn) for i in (0, 1))
+        answers[sample] = (
+            f"Spends {dollars} dollars over {counts} visits in weeks {_list(week + 1 for week in drawn)}."
+        )
     return answers
 
 
@@ -195,13 +200,12 @@ def _offers(future: pl.DataFrame, facts: int, rng: np.random.Generator, days: in
     found: dict[int, list[str]] = {}
     for sample, text, n in counted.iter_rows():
         found.setdefault(sample, []).append(text if n == 1 else f"{text} {n} times")
-    for sample, mailer_amount, display_amount, total in shares.iter_rows():
-        for amount, name in ((mailer_amount, "mailer"), (display_amount, "display")):
-            found.setdefault(sample, []).append(
-                f"{round(20 * amount / total) * 5} percent of spending from {name}"
-            )
+    for sample, mailer_amount, _, total in shares.iter_rows():
+        found.setdefault(sample, []).append(f"{_percent(mailer_amount / total)} bought from the mailer")
     for sample, text, amount in discounts.iter_rows():
-        found.setdefault(sample, []).append(f"{text} {_about(amount)}")
+        found.setdefault(sample, []).append(f"{_about(amount)} dollars of {text}")
+    for sample, _, display_amount, total in shares.iter_rows():
+        found.setdefault(sample, []).append(f"{_percent(display_amount / total)} bought from displays")
     return {
         sample: _sentence("", _draw(texts, facts, rng), joint="") for sample, texts in sorted(found.items())
     }
@@ -232,6 +236,16 @@ def _about(amount: float) -> int:
         return 0
     unit = 10 ** floor(log10(abs(amount)))
     return round(amount / unit) * unit
+
+
+def _percent(share: float) -> str:
+    """In steps of 5."""
+    return f"{round(20 * share) * 5} percent"
+
+
+def _list(numbers: Iterable[int]) -> str:
+    *front, last = map(str, numbers)
+    return f"{', '.join(front)} and {last}" if front else last
 
 
 def _sentence(head: str, facts: Iterable[str], joint: str = ", ") -> str:
