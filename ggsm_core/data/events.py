@@ -37,6 +37,22 @@ SCHEMA = pl.Schema(
 DAY = (pl.col("time").dt.date() - EPOCH).dt.total_days().cast(pl.Int32)
 
 
+def part_of_week(weekday: pl.Expr, hour: pl.Expr) -> pl.Expr:
+    """``weekend evening`` and the like, from weekday (1 = Monday) and hour; parts begin at 5, 12, 17, 22 h."""
+    part = (
+        pl.when(hour.is_between(5, 11))
+        .then(pl.lit("morning"))
+        .when(hour.is_between(12, 16))
+        .then(pl.lit("afternoon"))
+        .when(hour.is_between(17, 21))
+        .then(pl.lit("evening"))
+        .otherwise(pl.lit("night"))
+    )
+    return pl.format(
+        "{} {}", pl.when(weekday >= 6).then(pl.lit("weekend")).otherwise(pl.lit("weekday")), part
+    )
+
+
 class EventError(ValueError):
     """An event log that does not follow ``SCHEMA``."""
 

@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ggsm_core.data.events import part_of_week
+
 ROOM = 26
 """Words, digits and signs of an answer at most: keeps it below 32 tokens of a BPE that knows its words."""
 
@@ -126,10 +128,6 @@ def _categories(future: pl.DataFrame, facts: int, rng: np.random.Generator, days
 
 
 def _visits(future: pl.DataFrame, facts: int, rng: np.random.Generator, days: int) -> dict[int, str]:
-    part = ((pl.col("hour") + 2) % 24).cut(
-        [6, 13, 18], labels=["nights", "mornings", "afternoons", "evenings"]
-    )
-    week = pl.when(pl.col("weekday") >= 6).then(pl.lit("weekend")).otherwise(pl.lit("weekday"))
     visits = future.filter(pl.col("modality") == "app").sort("sample", "offset", "hour", "item")
     table = visits.group_by("sample", maintain_order=True).agg(
         pl.len(),
@@ -137,14 +135,14 @@ def _visits(future: pl.DataFrame, facts: int, rng: np.random.Generator, days: in
         last=pl.col("offset").max() + 1,
         gap=pl.col("offset").diff().max(),
         place=pl.col("item").drop_nulls().mode().sort().first().str.replace("/", " "),
-        hours=pl.format("{} {}", week, part.cast(pl.String)).mode().sort().first(),
+        hours=part_of_week(pl.col("weekday"), pl.col("hour")).mode().sort().first(),
     )
     answers = {}
     for sample, count, first, last, gap, place, hours in table.iter_rows():
         found = [f"from day {first} to day {last}", f"longest gap {gap} days"]
         if count == 1:
             found = [f"on day {first}"]
-        found.append(f"mostly {hours} at {place}" if place else f"mostly {hours}")
+        found.append(f"mostly {hours}s at {place}" if place else f"mostly {hours}s")
         answers[sample] = _sentence(f"{count} visits" if count > 1 else "One visit", _draw(found, facts, rng))
     return answers
 
