@@ -53,7 +53,7 @@ def norms_of(gradient: Tensor) -> Tensor:
     if not bool(torch.isfinite(norms).all()):
         row, position = (~torch.isfinite(norms)).nonzero()[0].tolist()
         raise GuidanceError(
-            f"gradient: not finite at row {row}, position {position}; the loss has overflowed"
+            f"gradient: norm {float(norms[row, position])} at row {row}, position {position}; the loss has overflowed"
         )
     return norms
 
@@ -81,8 +81,9 @@ def token_weights(norms: Tensor, valid: Tensor, normalise: Normalise = "none") -
         raise GuidanceError(f"valid: expected Bool[B, L], got {valid.dtype}")
     norms = norms.detach()
     real = norms[valid]
-    if not bool((torch.isfinite(real) & (real >= 0)).all()):
-        raise GuidanceError("norms: must be finite and at least 0 on every valid token")
+    wrong = ~(torch.isfinite(real) & (real >= 0))
+    if bool(wrong.any()):
+        raise GuidanceError(f"norms: {float(real[wrong][0])} on a valid token; must be finite and at least 0")
     norms = norms.masked_fill(~valid, 0.0)
     count = valid.sum(1, keepdim=True).clamp(min=1)
     if normalise == "none":
@@ -99,7 +100,7 @@ def token_weights(norms: Tensor, valid: Tensor, normalise: Normalise = "none") -
         below = (norms[:, None, :] < norms[:, :, None]) & pair  # [b, j, k]: norm_k < norm_j
         equal = (norms[:, None, :] == norms[:, :, None]) & pair
         rank = below.sum(2) + (equal.sum(2) + 1) / 2
-        weights = (rank / (count + 1)).to(norms.dtype)
+        weights = rank.to(norms.dtype) / (count + 1)
     else:
         raise GuidanceError(f"normalise: {normalise!r} is not one of 'none', 'zscore', 'rank'")
     return weights.masked_fill(~valid, 0.0)
@@ -122,6 +123,9 @@ def open_linearly(weights: Tensor, step: int, warm_steps: int, total_steps: int)
         raise GuidanceError(f"warm_steps: {warm_steps} must lie in [0, total_steps = {total_steps})")
     if step < 0:
         raise GuidanceError(f"step: {step} must be at least 0")
+    outside = ~((weights >= 0) & (weights <= 1))
+    if bool(outside.any()):
+        raise GuidanceError(f"weights: must lie in [0, 1], got {float(weights[outside][0]):.4g}")
     if step < warm_steps:
         return weights
     alpha = min((step - warm_steps) / (total_steps - warm_steps), 1.0)
@@ -134,6 +138,8 @@ def by_position(weights: Tensor, valid: Tensor, length: int) -> Tensor:
     Index 0 is ``<USER>``: counting back from it aligns sequences of unequal length. Distances that no
     sequence of the batch reaches take the weight of the farthest one that is reached.
     """
+    if not bool(valid.any()):
+        raise GuidanceError("valid: holds no real token, so there is nothing to average")
     distance = _distance(valid)
     total = torch.zeros(length, dtype=weights.dtype, device=weights.device)
     count = torch.zeros_like(total)

@@ -117,9 +117,9 @@ def _check(
     answer_ids: Tensor | None,
     user_ids: Tensor | None,
 ) -> None:
-    if user.ndim != 2 or user.shape != answer.shape:
+    if user.ndim != 2 or user.shape != answer.shape or not len(user):
         raise LossError(
-            f"user, answer: expected two Float[B, d], got {tuple(user.shape)} and {tuple(answer.shape)}"
+            f"user, answer: expected two Float[B, d] with B >= 1, got {tuple(user.shape)} and {tuple(answer.shape)}"
         )
     if not temperature > 0:
         raise LossError(f"temperature: {temperature} must be above 0")
@@ -133,4 +133,6 @@ def _check(
     for name, tensor in (("user", user), ("answer", answer)):
         finite = torch.isfinite(tensor).all(1)
         if not bool(finite.all()):
-            raise LossError(f"{name}: row {int((~finite).nonzero()[0])} holds a value that is not finite")
+            row = int((~finite).nonzero()[0])
+            value = float(tensor[row][~torch.isfinite(tensor[row])][0])
+            raise LossError(f"{name}: row {row} holds {value}; embeddings must be finite")

@@ -56,6 +56,7 @@ def additive_bias(visibility: Tensor, valid: Tensor, dtype: torch.dtype = torch.
     batch, length = valid.shape
     low = torch.finfo(dtype).min
     weight = visibility if visibility.ndim == 3 else visibility[:, None, :].expand(batch, length, length)
+    weight = weight.to(torch.promote_types(weight.dtype, dtype))  # log of a bf16 weight would round twice
     shown = weight > 0
     # log on a safe value, then masked: log(0) would send NaN through the backward pass of torch.where.
     bias = torch.where(shown, weight, torch.ones_like(weight)).log().to(dtype).clamp(min=low)

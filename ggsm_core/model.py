@@ -298,7 +298,7 @@ class UserEncoder(nn.Module):
             )
         recipe = recipes.build(
             name,
-            recipes.RECIPES[name].parameters.model_validate(description["options"]),
+            recipes.RECIPES[name].section.model_validate(description["options"]),
             total_steps=description["total_steps"],
             hidden_size=decoder.config.hidden_size,
             max_length=description["max_length"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,8 @@ import polars as pl
 import torch
 
 from ggsm_core.backbone import load_pretrained, new_decoder, train_tokenizer
-from ggsm_core.data.windows import read_users
 from ggsm_core.template import EOS_TOKEN, encode_answer, encode_user, render
-from ggsm_core.tokens import Progress
+from ggsm_core.tokens import Progress, read_users
 
 
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
@@ -35,33 +35,35 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
         return
     settings = params.pretraining
     samples = pl.read_parquet(inputs["windows"] / "samples.parquet")
-    train = samples.filter(pl.col("split") == "train")["sample"].to_list()
+    train = samples.filter(pl.col("split") == "train")["sample"]
     users = read_users(inputs["windows"], train, params.template)
     pairs = (
         pl.read_parquet(inputs["pairs"] / "pairs.parquet")
         .select("query", "answer")
         .unique(maintain_order=True)
     )
-    order = np.random.default_rng(settings.seed).permutation(len(train))
-    texts = [render(users[train[i]]) for i in order[:2000]]
+    order = np.random.default_rng(settings.seed).permutation(train.to_numpy()).tolist()
+    texts = [render(users[sample]) for sample in order[:2000]]
     progress(0, settings.steps, "tokenizer")
     tokenizer = train_tokenizer(
         [*texts, *pairs["query"].drop_nulls().unique().sort(), *pairs["answer"]], params.backbone.vocab
     )
 
+    # Three parts histories, one part answers: the language of both towers, in the order of one epoch at most.
+    needed = settings.steps * settings.batch_size * settings.sequence_tokens
     eos = tokenizer.convert_tokens_to_ids(EOS_TOKEN)
-    stream: list[np.ndarray] = []
-    for i in order:
-        encoded = encode_user(users[train[i]], tokenizer, modality_input="text", max_tokens=1 << 20)
-        stream += [encoded.input_ids, np.array([eos])]
-    # Answers are short: as many of their tokens as a third of the histories', so that both towers' language is learned.
-    budget = sum(map(len, stream)) // 3
-    answers = [encode_answer(a, tokenizer, max_tokens=1 << 20).input_ids for a in pairs["answer"]]
-    reader = np.random.default_rng(settings.seed + 1)
-    while budget > 0:
-        chosen = answers[reader.integers(len(answers))]
-        stream.append(chosen)
-        budget -= len(chosen)
+    histories = (
+        np.append(
+            encode_user(users[sample], tokenizer, modality_input="text", max_tokens=1 << 20).input_ids, eos
+        )
+        for sample in order
+    )
+    reader = np.random.default_rng([settings.seed, 1])
+    answers = (
+        encode_answer(pairs["answer"][int(i)], tokenizer, max_tokens=1 << 20).input_ids
+        for i in reader.permutation(len(pairs))
+    )
+    stream = [*_until(histories, 3 * needed // 4), *_until(answers, needed // 4)]
     tokens = _shuffled_blocks(stream, settings.sequence_tokens, reader)
 
     torch.manual_seed(settings.seed)
@@ -88,6 +90,15 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
             progress(step + 1, settings.steps, f"language model, loss {float(loss.detach()):.3f}")
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def _until(documents: Iterator[np.ndarray], tokens: int) -> Iterator[np.ndarray]:
+    """Documents until there are that many tokens, or no more documents."""
+    for document in documents:
+        if tokens <= 0:
+            return
+        tokens -= len(document)
+        yield document
 
 
 def _shuffled_blocks(stream: list[np.ndarray], length: int, generator: np.random.Generator) -> np.ndarray:

@@ -52,14 +52,14 @@ class Recipe(nn.Module):
     """Base of all recipes.
 
     Args:
-        options: the recipe's own section of the profile, of type ``parameters``.
+        options: the recipe's own section of the profile, of type ``section``.
         total_steps: T_total.
         hidden_size: d.
         max_length: longest user sequence in tokens.
     """
 
     name = "recipe"
-    parameters: type[Section] = NoParameters
+    section: type[Section] = NoParameters
     #: a learnable token Float[1, d] that the model puts in front of the user's sequence, or None
     prefix: nn.Parameter | None
 
@@ -103,7 +103,7 @@ class ScheduledOpening(Recipe):
     min(i + Delta(t), L), with Delta growing linearly or as a half cosine. All reach full visibility at T.
     """
 
-    parameters = Scheduler
+    section = Scheduler
 
     def visibility(self, view: View) -> Tensor:
         share = 1.0 if view.step is None else min(view.step / self.total_steps, 1.0)
@@ -122,7 +122,7 @@ class MlpOpening(Recipe):
     inference. The MLP starts at w = 0.12 everywhere, near causal.
     """
 
-    parameters = HybridMlp
+    section = HybridMlp
 
     def __init__(self, options: Section, total_steps: int, hidden_size: int, max_length: int) -> None:
         super().__init__(options, total_steps, hidden_size, max_length)
@@ -174,9 +174,10 @@ class Guided(Recipe):
     warm-up: NaN until then.
     """
 
-    parameters = Guidance
+    section = Guidance
     frozen_position: Tensor
     frozen_segment: Tensor
+    frozen_mean: Tensor
     previous_norms: Tensor
 
     def __init__(self, options: Section, total_steps: int, hidden_size: int, max_length: int) -> None:
@@ -185,6 +186,7 @@ class Guided(Recipe):
         unknown = torch.nan if self.options.warm_steps else 0.0
         self.register_buffer("frozen_position", torch.full((max_length,), unknown))
         self.register_buffer("frozen_segment", torch.full((len(SEGMENTS),), unknown))
+        self.register_buffer("frozen_mean", torch.tensor(unknown))
         self.register_buffer("previous_norms", torch.full((max_length,), torch.nan))
 
     def warm(self, step: int) -> bool:
@@ -198,8 +200,8 @@ class Guided(Recipe):
         return self.options.freeze == "tower" and self.options.warm_steps > 0
 
     def wants_norms(self, step: int) -> bool:
-        """Does a later step need the gradient norms of step t's own training pass?"""
-        return self.options.estimator == "previous_step" and self.warm(step + 1)
+        """Are the gradient norms of step t's own training pass used later (previous_step)?"""
+        return self.options.estimator == "previous_step" and self.warm(step)
 
     def remember(self, norms: Tensor, valid: Tensor) -> None:
         """Keep the norms of a training pass, mean per position, for the next step (previous_step)."""
@@ -218,26 +220,29 @@ class Guided(Recipe):
             if step == 0:
                 return masks.causal(valid)  # no step before: pre-training's mask
             return self.weigh(guidance.from_position(self.previous_norms, valid), valid, step)
-        by_segment = self.options.freeze == "segment"
-        if torch.isnan(self.frozen_segment if by_segment else self.frozen_position).any():
+        if self.options.freeze == "segment":
+            return guidance.from_segment(self._known(self.frozen_segment), valid, segments)
+        return guidance.from_position(self._known(self.frozen_position), valid)
+
+    def _known(self, frozen: Tensor) -> Tensor:
+        if torch.isnan(frozen).any():
             raise RecipeError(
                 f"frozen weights: asked for before warm-up ended (warm_steps = {self.options.warm_steps})"
             )
-        if by_segment:
-            return guidance.from_segment(self.frozen_segment, valid, segments)
-        return guidance.from_position(self.frozen_position, valid)
+        return frozen
 
     def freeze(self, weights: Tensor, valid: Tensor, segments: Tensor) -> None:
         """Keep the weights Float[B, L] of the last warm-up batch."""
         self.frozen_position.copy_(guidance.by_position(weights, valid, self.max_length))
         self.frozen_segment.copy_(guidance.by_segment(weights, valid, segments, len(SEGMENTS)))
+        self.frozen_mean.copy_(weights[valid].mean())
 
     def weights(self, view: View) -> Tensor:
         """The weights of this batch before any opening; answers get the scalar mean of the left tower's."""
         if view.weights is not None:
             return view.weights
         if view.tower == "answer":
-            return torch.full_like(masks.causal(view.valid), float(self.frozen_position.mean()))
+            return masks.bidirectional(view.valid) * self._known(self.frozen_mean)
         return self.recall(view.valid, view.segments, view.step)
 
 
@@ -285,10 +290,10 @@ def build(
     if name not in RECIPES:
         raise RecipeError(f"recipe: {name!r} is unknown; known: {', '.join(RECIPES)}")
     kind = RECIPES[name]
-    options = kind.parameters() if options is None else options
-    if type(options) is not kind.parameters:
+    options = kind.section() if options is None else options
+    if type(options) is not kind.section:
         raise RecipeError(
-            f"options: {name} takes {kind.parameters.__name__}, got {type(options).__name__} {options!r}"
+            f"options: {name} takes {kind.section.__name__}, got {type(options).__name__} {options!r}"
         )
     recipe = kind(options, total_steps, hidden_size, max_length)
     recipe.name = name

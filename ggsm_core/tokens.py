@@ -16,8 +16,8 @@ import polars as pl
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
-from ggsm_core.data.windows import read_users
-from ggsm_core.template import NUMBERS, Encoded, Record, encode_answer, encode_user
+from ggsm_core.data import windows
+from ggsm_core.template import NUMBERS, Encoded, Record, User, encode_answer, encode_user
 
 Progress = Callable[[float, float, str], None]
 
@@ -92,6 +92,12 @@ class Sequences:
         return cls(load_file(folder / f"{name}.safetensors"), texts)
 
 
+def read_users(folder: Path, samples: pl.Series, template: Any) -> dict[int, User]:
+    """The users of these samples, from a windows run."""
+    records = pl.scan_parquet(folder / "records.parquet").filter(pl.col("sample").is_in(samples.unique().to_list()))
+    return dict(windows.users(records.collect(), template))
+
+
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
     """Stage ``tokens``: pairs as (user & query, answer), and the probe samples without query.
 
@@ -102,8 +108,7 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
     pairs = pl.read_parquet(inputs["pairs"] / "pairs.parquet")
     samples = pl.read_parquet(inputs["windows"] / "samples.parquet")
     probe = samples.filter(pl.col("split") == "probe").select("sample", "user", "anchor")
-    wanted = pl.concat([pairs["sample"], probe["sample"]]).unique().sort()
-    users = read_users(inputs["windows"], wanted.to_list(), params.template)
+    users = read_users(inputs["windows"], pl.concat([pairs["sample"], probe["sample"]]), params.template)
     limits = params.template
 
     def encode(sample: int, query: str | None) -> Encoded:

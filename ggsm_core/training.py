@@ -215,6 +215,7 @@ class Trainer:
         if keeps_norms:
             norms = guidance.norms_of(user.site.grad) / self.accelerator.num_processes
             recipe.remember(*self._everyones(norms, pairs.user.valid))
+            self._freeze(recipe.weigh(norms, pairs.user.valid, step), pairs, step)
         norm = self.accelerator.clip_grad_norm_(self.encoder.parameters(), self.params.training.max_grad_norm)
         rate = self._learning_rate(step)
         for group in self.optimizer.param_groups:
@@ -309,11 +310,9 @@ class Trainer:
             weights = recipe.weigh(norms, valid, step)
         else:
             weights = recipe.recall(valid, segments, step)
+        if norms is not None:
+            self._freeze(weights, pairs, step)
         everyones, all_valid, all_segments = self._everyones(weights, valid, segments)
-        if step == recipe.options.warm_steps - 1:
-            recipe.freeze(everyones, all_valid, all_segments)
-            if recipe.options.freeze == "tower":
-                self.frozen_tower = self._snapshot()
         seen = guidance.diagnose(weights if norms is None else norms, weights, valid)
         length = int(all_valid.sum(1).max())
         return weights, {
@@ -325,6 +324,15 @@ class Trainer:
                 guidance.by_segment(everyones, all_valid, all_segments, len(recipes.SEGMENTS))
             ),
         }
+
+    def _freeze(self, weights: Tensor, pairs: PairBatch, step: int) -> None:
+        """At t = T_warm - 1 keep the weights Float[b, L] of L_warm, from all processes."""
+        recipe = self.encoder.recipe
+        if step != recipe.options.warm_steps - 1:
+            return
+        recipe.freeze(*self._everyones(weights, pairs.user.valid, pairs.user.segments))
+        if recipe.options.freeze == "tower":
+            self.frozen_tower = self._snapshot()
 
     def _probe(self, pairs: PairBatch, step: int) -> Tensor:
         """Float[b, L]: gradient norms of a pass under the causal mask (reading note 3).
