@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
-from ggsm_core.data import complete_journey, simulate, tasks, windows
+from ggsm_core.backbone import train_tokenizer
+from ggsm_core.data import complete_journey, pairs, simulate, tasks, windows
 from ggsm_core.data.events import EPOCH, SCHEMA, ZONE, EventError, validate
-from ggsm_core.params import Data, Template
-from ggsm_core.template import NUMBERS, render
+from ggsm_core.params import Data, Pairs, Template
+from ggsm_core.template import NUMBERS, encode_answer, render
 
 COUNTS = {
     "event_purchase": (18_376, 0.276),
@@ -220,6 +221,22 @@ def test_simulated_searches_come_from_the_history(few: tuple[pl.DataFrame, pl.Da
     )  # beyond rank 64
     assert set(records.filter("simulated")["text"]) == {*searched["text"], "all searches"}
     assert_frame_equal(windows.future(log, found, 30), windows.future(events, found, 30))
+
+
+def test_real_answers_fit_into_the_answer_tower(made: Path) -> None:
+    future, samples = (pl.read_parquet(made / f"{name}.parquet") for name in ("future", "samples"))
+    data, wanted, template = Data(), Pairs(), Template()
+    answers = pairs.build(
+        future,
+        samples,
+        granularities=list(wanted.granularities),
+        facts=wanted.facts,
+        seed=wanted.seed,
+        future_days=data.future_days,
+    )["answer"].unique()
+    tokenizer = train_tokenizer(answers.sort().to_list(), 4096)
+    for answer in answers:  # raises AnswerTooLong
+        encode_answer(answer, tokenizer, max_tokens=template.max_answer_tokens)
 
 
 def test_bad_logs_are_refused(few: tuple[pl.DataFrame, pl.DataFrame]) -> None:

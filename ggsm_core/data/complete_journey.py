@@ -153,10 +153,10 @@ def incomes() -> pl.DataFrame:
 
 _SPELLED = """
 frzn=frozen refrgratd=refrigerated drnks=drinks drnk=drink sald=salad drsng=dressing sndwch=sandwich
-sprd=spread bkd=baked fd=food flvrd=flavored brkfst=breakfast whlsm=wholesome mxs=mixes mx=mix bn=bean veg=vegetable
-dsh=dish trsh=trash bg=bag wtr=water pnt=peanut btr=butter sply=supply tiss=tissue dnr=dinner pkld=pickled pwdr=powder
-crystl=crystal jce=juice conc=concentrate snks=snacks ckys=cookies crkr=crackers cndy=candy pckgd=packaged
-pkgd=packaged sherbts=sherbets cleang=cleaning misc=other
+sprd=spread bkd=baked fd=food flvrd=flavored brkfst=breakfast whlsm=wholesome mxs=mixes mx=mix bn=bean
+veg=vegetable dsh=dish trsh=trash bg=bag wtr=water pnt=peanut btr=butter sply=supply tiss=tissue
+dnr=dinner pkld=pickled pwdr=powder crystl=crystal jce=juice conc=concentrate snks=snacks ckys=cookies
+crkr=crackers cndy=candy pckgd=packaged pkgd=packaged sherbts=sherbets cleang=cleaning misc=other
 """
 SPELLED = dict(pair.split("=") for pair in _SPELLED.split())
 """The till's abbreviations as words: a text encoder knows the words."""

@@ -38,7 +38,7 @@ DAY = (pl.col("time").dt.date() - EPOCH).dt.total_days().cast(pl.Int32)
 
 
 def part_of_week(weekday: pl.Expr, hour: pl.Expr) -> pl.Expr:
-    """``weekend evening`` and the like, from weekday (1 = Monday) and hour; parts begin at 5, 12, 17, 22 h."""
+    """``weekend evening`` and the like, from weekday (1 = Monday) and hour; they begin at 5, 12, 17, 22 h."""
     part = (
         pl.when(hour.is_between(5, 11))
         .then(pl.lit("morning"))
