@@ -174,7 +174,7 @@ def test_out_of_fold_scores_are_those_of_scikit_learn_without_the_fold() -> None
 
 
 def test_nothing_of_the_scored_fold_reaches_its_scores() -> None:
-    """Scores of fold k stay bit for bit when its labels are turned over and a row of it is moved away: neither
+    """Scores of fold k stay bit for bit when its labels are turned over and a row is moved away: neither
     standardisation nor choice of C has seen it. Negative control: these labels do reach the other folds."""
     x, labels, groups = planted(strength=0.5)
     before = linear_probe(x, labels, groups, **FAST)

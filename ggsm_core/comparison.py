@@ -1,0 +1,166 @@
+"""All rows of the result table side by side, with paired differences (Table 2).
+
+T tasks, R bootstrap resamples, S training seeds of a recipe.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from ggsm_core.evaluation import (
+    AUC_COLUMNS,
+    Difference,
+    EvaluationError,
+    Floats,
+    Households,
+    Progress,
+    households_of,
+    interval,
+    mean_fold_auc,
+)
+
+REFERENCES = ("bidirectional", "causal", "handmade")  # the two plain masks, and what a user has without us
+MEAN = "mean"  # the pseudo-task: plain average of the AUC over all tasks
+LEVEL = 0.05
+
+
+def holm(p: Sequence[float]) -> Floats:
+    """Holm's adjusted p-values of one family [m], in the given order; valid whatever the dependence."""
+    values = np.asarray(p, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    steps = values[order] * np.arange(len(values), 0, -1)
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.maximum.accumulate(steps).clip(max=1.0)
+    return adjusted
+
+
+def over_seeds(draws: Floats, weights: Floats) -> Floats:
+    """Bootstrap draws [T, R] of the mean over S training seeds, from draws [S, T, R] and seed weights [S, R].
+
+    Weighting S values at random spreads their mean by (S - 1) / (S + 1) of the variance that a mean of S
+    independent runs has; the deviations are scaled up by that much, since S is 3 and not 300. One seed says
+    nothing about the spread over seeds, and its interval is over households alone.
+    """
+    seeds = len(draws)
+    centre: Floats = draws.mean(axis=0)
+    if seeds == 1:
+        return centre
+    drawn = np.einsum("sr,str->tr", weights / weights.sum(axis=0), draws)
+    return centre + np.sqrt((seeds + 1) / (seeds - 1)) * (drawn - centre)
+
+
+def with_mean(per_task: Floats) -> Floats:
+    """[T, ...] -> [T + 1, ...]: the mean over tasks appended."""
+    return np.concatenate([per_task, per_task.mean(axis=0, keepdims=True)])
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One run of the table; the last entry of ``points`` and ``draws`` is the mean over tasks."""
+
+    recipe: str
+    seed: int
+    table: pl.DataFrame  # AUC_COLUMNS: the run's own, and the mean
+    asked: pl.DataFrame  # task, sample, label: what was scored
+    points: Floats  # [T + 1]
+    draws: Floats  # [T + 1, R]
+
+    @classmethod
+    def read(cls, name: str, folder: Path, users: pl.DataFrame, households: Households) -> Row:
+        """The run ``<kind>:<recipe>[:<seed>]`` in ``folder``, its AUC resampled from its scores."""
+        _, recipe, *rest = name.split(":")
+        seed = int(rest[0]) if rest else 0
+        table = pl.read_csv(folder / "auc.csv", schema=AUC_COLUMNS)
+        table = table.with_columns(recipe=pl.lit(recipe), seed=pl.lit(seed, pl.Int64))
+        scores = pl.read_parquet(folder / "scores.parquet").sort("task", "sample")
+        scored = scores.join(users, on="sample", how="left", maintain_order="left")
+        per_task, per_draw = [], []
+        for task in table["task"]:
+            part = scored.filter(pl.col("task") == task)
+            household = households.index(part["user"])
+            fold = households.fold[household]
+            if not np.array_equal(fold, part["fold"].to_numpy()):
+                raise EvaluationError(
+                    f"{name}, task {task!r}: scored on other folds than evaluation.folds and evaluation.seed "
+                    "give; probe it again"
+                )
+            score, label = part["score"].to_numpy(), part["label"].to_numpy()
+            per_task.append(mean_fold_auc(score, label, fold)[0])
+            per_draw.append(mean_fold_auc(score, label, fold, households.weights[household]))
+        points, draws = with_mean(np.array(per_task)), with_mean(np.array(per_draw))
+        mean = (recipe, seed, MEAN, float(points[-1]), *interval(draws[-1]), scores["sample"].n_unique())
+        table = table.vstack(pl.DataFrame([mean], schema=AUC_COLUMNS, orient="row"))
+        return cls(recipe, seed, table, scores.select("task", "sample", "label"), points, draws)
+
+
+def differences(points: dict[str, Floats], draws: dict[str, Floats], tasks: list[str]) -> pl.DataFrame:
+    """Every row against each of ``REFERENCES`` that takes part, on every task: columns as in ``run``.
+
+    ``points`` holds an AUC [T + 1] for each row, ``draws`` the [T + 1, R] made under shared resamples.
+    """
+    families: dict[tuple[str, bool], list[tuple[str, str, str, Difference]]] = defaultdict(list)
+    for reference in (name for name in REFERENCES if name in points):
+        for row in (name for name in points if name != reference):
+            gaps = zip(tasks, points[row] - points[reference], draws[row] - draws[reference], strict=True)
+            for task, point, drawn in gaps:
+                families[reference, task == MEAN].append(
+                    (row, reference, task, Difference.of(float(point), drawn))
+                )
+    table = []
+    for family in families.values():
+        for (row, reference, task, gap), p in zip(family, holm([item[3].p for item in family]), strict=True):
+            sign = "better" if gap.difference > 0 else "worse"
+            verdict = sign if p < LEVEL else "no difference shown"
+            table.append((row, reference, task, gap.difference, gap.ci_low, gap.ci_high, float(p), verdict))
+    columns = ("row", "reference", "task", "difference", "ci_low", "ci_high", "p_holm", "verdict")
+    types = (*[pl.String] * 3, *[pl.Float64] * 4, pl.String)
+    return pl.DataFrame(table, schema=dict(zip(columns, types, strict=True)), orient="row")
+
+
+def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
+    """Stage ``compare``: ``windows`` and rows named ``probe:<recipe>:<seed>`` or ``baseline:<name>``.
+
+    Writes auc.csv, the rows' own tables and the pseudo-task ``mean``, whose interval resamples the same
+    households in all tasks at once; and differences.csv, each row (mean over its seeds) against each of
+    ``REFERENCES`` that takes part. Intervals there are plain 95 % ones, over households and over seeds where
+    there are several (the same seed is one draw in both rows: it shares data order and pre-trained decoder).
+    The verdict stands after Holm's correction (``p_holm`` < 0.05) in two families for each reference: the
+    mean over all rows, which is the claim; and all single tasks of all rows. An interval can leave out 0
+    where the verdict is "no difference shown": one of many comparisons does so by chance.
+    """
+    evaluation = params.evaluation
+    folders = {name: folder for name, folder in inputs.items() if name != "windows"}
+    households = households_of(inputs["windows"], evaluation)
+    users = pl.read_parquet(inputs["windows"] / "samples.parquet", columns=["sample", "user"])
+    rows: list[Row] = []
+    for done, (name, folder) in enumerate(folders.items()):
+        progress(done, len(folders), f"{name}: resampling households")
+        rows.append(Row.read(name, folder, users, households))
+        if not rows[-1].asked.equals(rows[0].asked):
+            raise EvaluationError(
+                f"{name} and {next(iter(folders))} were scored on other samples or labels; probe both again"
+            )
+    seeds = sorted({row.seed for row in rows})
+    rng = np.random.default_rng([evaluation.seed, 1])
+    weight = dict(zip(seeds, rng.standard_exponential((len(seeds), evaluation.bootstrap)), strict=True))
+    runs: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        runs[row.recipe].append(row)
+    points = {name: np.mean([row.points for row in group], axis=0) for name, group in runs.items()}
+    draws = {
+        name: over_seeds(
+            np.array([row.draws for row in group]), np.array([weight[row.seed] for row in group])
+        )
+        for name, group in runs.items()
+    }
+    gaps = differences(points, draws, rows[0].table["task"].to_list())
+    pl.concat(row.table for row in rows).write_csv(out / "auc.csv", float_precision=6)
+    gaps.write_csv(out / "differences.csv", float_precision=6)
+    progress(len(folders), len(folders), "differences")
