@@ -1,0 +1,145 @@
+"""Assemble prose, executed notebooks and result tables into one folder, and let Jupyter Book render it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ggsm_core import provenance
+from ggsm_core.codehash import code_hash
+from ggsm_core.jobs import context
+from ggsm_core.notebooks import INJECTED, PACKAGE, Notebook, seconds, shown_path
+from ggsm_core.runs import Run
+from ggsm_core.scheduler import Job
+from ggsm_core.stages import Plan
+
+SECONDS = 45.0
+TOOLS = ("jupyter-book", "sphinx", "myst-nb", "myst-parser", "sphinx-book-theme", "sphinx-mathjax-offline")
+SHARED = ("libraries", "params", "data", "profile", "label")  # told once, not with each run
+TABLES = ("auc.csv", "differences.csv")
+
+
+class BookError(ValueError):
+    """The book can't be built, or what was built may not be shown."""
+
+
+def write_results(plan: Plan, folder: Path, notebooks: Path) -> None:
+    """The tables of the comparison, and provenance.json: where every number comes from.
+
+    All of it is read from the runs, so nothing changes while no run changes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    compare = plan.node("compare")
+    for table in TABLES:
+        provenance.write_atomically(
+            folder / table, (plan.store.folder(compare.name) / table).read_text(encoding="utf-8")
+        )
+    runs = [Run(plan.store.folder(node.name)).provenance | {"run": node.name} for node in plan.all()]
+    last = runs[-1]
+    now = context(plan, compare)
+    result: dict[str, Any] = {
+        "profile": now["profile"],
+        "params": now["params"],
+        "data": now["data"],
+        **{key: last[key] for key in ("commit", "uncommitted_changes", "libraries", "machine")},
+        "seconds": round(sum(run["seconds"] for run in runs), 1),
+        "runs": [
+            {key: value for key, value in run.items() if key not in SHARED}
+            for run in runs
+        ],
+        "notebooks": {path.stem: seconds(notebooks, path.stem) for path in sorted(notebooks.glob("*.ipynb"))},
+    }  # fmt: skip
+    provenance.write_atomically(folder / "provenance.json", json.dumps(result, indent=1) + "\n")
+
+
+def key(prose: Path, executed: list[Path], results: Path) -> str:
+    """Hash of all that the rendered book depends on."""
+    files = [path for path in sorted(prose.rglob("*")) if path.is_file() and "_build" not in path.parts]
+    return provenance.digest(
+        {
+            "prose": {path.relative_to(prose).as_posix(): provenance.sha256(path) for path in files},
+            "notebooks": {path.name: provenance.sha256(path) for path in executed},
+            "results": {path.name: provenance.sha256(path) for path in sorted(results.iterdir())},
+            "code": code_hash([__name__], PACKAGE),
+            "tools": provenance.versions(*TOOLS),
+        }
+    )
+
+
+def is_built(folder: Path, book_key: str) -> bool:
+    """Whether ``folder`` holds the rendered book of this key."""
+    record = folder / ".key"
+    return record.is_file() and record.read_text(encoding="utf-8") == book_key and index(folder).is_file()
+
+
+def index(folder: Path) -> Path:
+    """The page to open."""
+    return folder / "_build" / "html" / "index.html"
+
+
+def check_configuration(prose: Path) -> None:
+    """Raises ``BookError`` if the configuration would let Jupyter Book execute notebooks itself."""
+    configuration = yaml.safe_load((prose / "_config.yml").read_text(encoding="utf-8"))
+    execute = (configuration.get("execute") or {}).get("execute_notebooks")
+    if execute not in ("off", False):  # YAML reads a bare off as false
+        raise BookError(
+            f'book/_config.yml: execute.execute_notebooks is {execute!r}; it must be "off": '
+            "notebooks come executed"
+        )
+
+
+def assemble(prose: Path, executed: list[Path], results: Path, folder: Path) -> None:
+    """Fill ``folder`` from scratch: Sphinx repeats no warning for a page that it has rendered before."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    shutil.copytree(prose, folder, ignore=shutil.ignore_patterns("_build"))
+    shutil.copytree(results, folder / "results")
+    (folder / "notebooks").mkdir(exist_ok=True)
+    for path in executed:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for cell in content["cells"]:
+            if INJECTED in cell["metadata"].get("tags", []):
+                cell["metadata"]["tags"].append("remove-cell")
+        (folder / "notebooks" / path.name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def job(folder: Path, notebooks: list[Notebook]) -> Job:
+    """Render the assembled ``folder``; a warning is an error, and all of them are reported."""
+    shown = folder.relative_to(provenance.ROOT) if folder.is_relative_to(provenance.ROOT) else folder
+    return Job(
+        name="book",
+        title="book",
+        command=[
+            sys.executable,
+            "-c",
+            "from jupyter_book.cli.main import main; main()",
+            "build",
+            "-W",
+            "--keep-going",
+            str(shown),
+        ],
+        needs=frozenset(notebook.path.name for notebook in notebooks),
+        seconds=SECONDS,
+        progress_file=folder / ".progress.json",
+        log=folder.parent / "book.log",
+    )
+
+
+def check(folder: Path) -> None:
+    """Look at every rendered page. Raises ``BookError`` naming page and fault."""
+    forbidden = (str(provenance.ROOT), sys.prefix)
+    for page in sorted((folder / "_build" / "html").rglob("*.html")):
+        text = page.read_text(encoding="utf-8")
+        name = page.relative_to(folder / "_build" / "html").as_posix()
+        if re.search(r'class="[^"]*\bstderr\b', text):
+            raise BookError(f"{name}: shows a block of stderr")
+        # Links may hold paths of the web; the words, and this very folder anywhere, may not.
+        inside = next((path for path in forbidden if path in text), None)
+        if path := inside or shown_path(re.sub(r"<[^>]*>", "", text), ()):
+            raise BookError(f"{name}: shows a path of this machine: {path!r}")

@@ -1,0 +1,346 @@
+"""The scheduler, the notebooks and the book, on the toy graph; and the notebooks in git."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from toygraph import Toy, small
+
+from ggsm_core import notebooks, pipeline, provenance
+from ggsm_core.notebooks import NotebookError
+from ggsm_core.params import Profile
+from ggsm_core.scheduler import Job, JobFailed, Scheduler
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def job(folder: Path, name: str, code: str, *, needs: Iterable[str] = (), **more: Any) -> Job:
+    return Job(
+        name,
+        name,
+        [sys.executable, "-c", code],
+        folder / f"{name}.json",
+        folder / f"{name}.log",
+        frozenset(needs),
+        **more,
+    )
+
+
+def nap(folder: Path, name: str, seconds: float) -> str:
+    return f"import time; open({str(folder / 'order.txt')!r}, 'a').write('{name} '); time.sleep({seconds})"
+
+
+def test_jobs_run_after_their_needs_and_the_longest_chain_first(tmp_path: Path) -> None:
+    jobs = [
+        job(tmp_path, "short", nap(tmp_path, "short", 0.3), seconds=1),
+        job(tmp_path, "last", nap(tmp_path, "last", 0), needs={"first"}, seconds=50),
+        job(tmp_path, "first", nap(tmp_path, "first", 0.3), seconds=1),
+    ]
+    Scheduler(jobs, 1, tmp_path, lambda line: None).run()
+    assert (tmp_path / "order.txt").read_text().split() == ["first", "last", "short"]
+
+
+def test_as_many_at_a_time_as_there_are_workers(tmp_path: Path) -> None:
+    began = time.monotonic()
+    Scheduler(
+        [job(tmp_path, f"j{i}", nap(tmp_path, "x", 1)) for i in range(4)], 4, tmp_path, lambda line: None
+    ).run()
+    together = time.monotonic() - began
+    began = time.monotonic()
+    wide = [job(tmp_path, f"w{i}", nap(tmp_path, "x", 1), threads=4) for i in range(3)]
+    Scheduler(wide, 4, tmp_path, lambda line: None).run()
+    assert together < 2.5 < 3 <= time.monotonic() - began
+
+
+def test_lines_of_progress_say_how_far_and_how_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ggsm_core.scheduler.EVERY", 0.3)
+    code = (
+        "import json, sys, time\nfor i in range(1, 5):\n"
+        "    report = json.dumps(dict(done=i, total=4, message=f'step {i}'))\n"
+        f"    open({str(tmp_path / 'long.json')!r}, 'w').write(report)\n"
+        "    time.sleep(0.4)"
+    )
+    lines: list[str] = []
+    after = job(tmp_path, "after", "", needs={"long"}, seconds=2)
+    Scheduler([job(tmp_path, "long", code, seconds=2), after], 2, tmp_path, lines.append).run()
+    assert any("25% done, 0 of 2 steps whole" in line and "long 50% (step 2)" in line for line in lines)
+    assert all("left; now:" in line or "whole: " in line for line in lines)
+    assert len(lines) >= 5 and not any(str(tmp_path) in line for line in lines)
+
+
+def test_the_first_failure_ends_the_rest(tmp_path: Path) -> None:
+    jobs = [
+        job(tmp_path, "bad", "import time; time.sleep(0.5); raise RuntimeError('no')"),
+        job(tmp_path, "slow", "import time; time.sleep(60)"),
+        job(tmp_path, "after", nap(tmp_path, "after", 0), needs={"bad"}),
+    ]
+    began = time.monotonic()
+    with pytest.raises(JobFailed, match=r"bad failed(.|\n)*RuntimeError: no"):
+        Scheduler(jobs, 2, tmp_path, lambda line: None).run()
+    assert time.monotonic() - began < 20 and not (tmp_path / "order.txt").exists()
+
+
+def test_children_use_their_share_of_the_cores_and_no_launchers_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    code = f"import os, json; open({str(tmp_path / 'env.json')!r}, 'w').write(json.dumps(dict(os.environ)))"
+    Scheduler([job(tmp_path, "one", code, threads=8)], 2, tmp_path, lambda line: None).run()
+    seen = json.loads((tmp_path / "env.json").read_text())
+    assert seen["OMP_NUM_THREADS"] == "2" and not seen.keys() & {"WORLD_SIZE", "RANK"}
+
+
+# ------------------------------------------------------------------------------ notebooks
+
+
+def write_notebook(
+    path: Path, *cells: str, recipes: Any = (), baselines: Any = (), parameters: bool = True
+) -> Path:
+    """A notebook with a heading, the parameters cell, and these code cells."""
+    first = {
+        "cell_type": "code",
+        "source": 'profile = "params/quick.yaml"',
+        "metadata": {"tags": ["parameters"] if parameters else []},
+    }
+    code = [{"cell_type": "code", "source": source, "metadata": {}} for source in cells]
+    for cell in [first, *code]:
+        cell |= {"outputs": [], "execution_count": None}
+    content = {
+        "cells": [{"cell_type": "markdown", "source": f"# {path.stem}", "metadata": {}}, first, *code],
+        "metadata": {
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+            "ggsm": {
+                "recipes": recipes if recipes == "all" else list(recipes),
+                "baselines": baselines if baselines == "all" else list(baselines),
+            },
+        },
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+    for number, cell in enumerate(content["cells"]):
+        cell["id"] = f"c{number}"  # type: ignore[index]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def key_of(toy: Toy, profile: Profile | None = None) -> str:
+    (page,) = notebooks.discover(toy.folder / "notebooks")
+    return notebooks.key(page, toy.plan(profile))
+
+
+def with_recipes(**options: Any) -> Profile:
+    return small(recipes=small().recipes.model_dump() | options)
+
+
+def test_a_notebooks_key_covers_what_it_declares_and_nothing_else(toy: Toy) -> None:
+    path = toy.folder / "notebooks" / "04_ggsm.ipynb"
+    write_notebook(path, "from ggsm_core import masks", recipes=["ggsm"])
+    key = key_of(toy)
+    assert key_of(toy, with_recipes(bidirectional={})) == key  # another recipe
+    assert key_of(toy, small(baselines=[])) == key
+    assert key_of(toy, with_recipes(ggsm={"warm_steps": 3})) != key
+    assert key_of(toy, small(evaluation={"bootstrap": 200})) != key
+    assert (
+        key_of(toy, small(objective={"margin": None})) != key
+    )  # it may show a field that no toy stage reads
+    toy.edit("shared.py", "2 * x", "3 * x")
+    assert key_of(toy) != key
+    toy.edit("shared.py", "3 * x", "2 * x")
+    assert key_of(toy) == key
+    write_notebook(path, "from ggsm_core import loss", recipes=["ggsm"])
+    assert key_of(toy) != key
+
+
+def test_modules_named_in_cells_and_commands_count(toy: Toy) -> None:
+    path = write_notebook(
+        toy.folder / "notebooks" / "01_a.ipynb", "%matplotlib inline\nfrom ggsm_core.masks import causal",
+        "!python -m ggsm_core.training --profile x", "# nothing",
+    )  # fmt: skip
+    (page,) = notebooks.discover(path.parent)
+    assert {"ggsm_core.masks", "ggsm_core.training"} <= page.modules()
+
+
+def test_a_notebook_may_read_what_it_declares(toy: Toy) -> None:
+    write_notebook(toy.folder / "notebooks" / "01_a.ipynb", recipes=["ggsm", "scheduler"])
+    write_notebook(toy.folder / "notebooks" / "02_b.ipynb", recipes="all", baselines="all")
+    one, every = notebooks.discover(toy.folder / "notebooks")
+    assert [node.label for node in one.reads(toy.plan())] == ["windows", "contrast-ggsm-s0", "probe-ggsm-s0"]
+    assert "compare" in [node.label for node in every.reads(toy.plan())]
+
+
+@pytest.mark.parametrize(
+    ("ggsm", "words"),
+    [
+        (None, "metadata.ggsm"),
+        ({"recipes": []}, "metadata.ggsm"),
+        ({"recipes": ["ggsmm"], "baselines": []}, "ggsmm"),
+    ],
+)
+def test_a_bad_declaration_is_refused(tmp_path: Path, ggsm: Any, words: str) -> None:
+    path = write_notebook(tmp_path / "01_a.ipynb")
+    content = json.loads(path.read_text())
+    content["metadata"]["ggsm"] = ggsm
+    path.write_text(json.dumps(content))
+    with pytest.raises(NotebookError, match=rf"01_a\.ipynb.*{words}"):
+        notebooks.discover(tmp_path)
+
+
+def test_a_notebook_that_the_profile_would_not_reach_is_refused(tmp_path: Path) -> None:
+    write_notebook(tmp_path / "01_a.ipynb", parameters=False)
+    with pytest.raises(NotebookError, match="parameters"):
+        notebooks.discover(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("output", "fit"),
+    [
+        (
+            {
+                "output_type": "stream",
+                "name": "stdout",
+                "text": ["fine 1/2 and/or https://example.org/home/x"],
+            },
+            True,
+        ),
+        ({"output_type": "stream", "name": "stderr", "text": "warning"}, False),
+        ({"output_type": "stream", "name": "stdout", "text": "wrote /tmp/x.csv"}, False),
+        ({"output_type": "stream", "name": "stdout", "text": f"wrote {ROOT}/x"}, False),
+        ({"output_type": "execute_result", "data": {"text/plain": ["PosixPath('/home/somebody/x')"]}}, False),
+        (
+            {"output_type": "display_data", "data": {"image/png": "aa/tmp/bb", "text/plain": ["<Figure>"]}},
+            True,
+        ),
+        ({"output_type": "display_data", "data": {"text/html": "<table><tr><td>1</td></tr></table>"}}, True),
+    ],
+)
+def test_what_a_page_may_not_show_is_found(output: dict[str, Any], fit: bool) -> None:
+    content = {"cells": [{"source": "# note\nshow(x)", "outputs": [output]}]}
+    problems = list(notebooks.unfit(content, (str(ROOT),)))
+    assert (not problems) == fit
+    assert all("cell 0 ('show(x)')" in problem for problem in problems)
+
+
+@pytest.fixture
+def project(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    """A whole project around the toy graph: notebooks, prose, profile."""
+    monkeypatch.setattr(provenance, "ROOT", toy.folder)
+    monkeypatch.setattr(pipeline, "GRAPH", toy.graph)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(toy.folder), str(ROOT)]))
+    monkeypatch.setenv("GGSM_RUNS", str(toy.folder / "runs"))
+    (toy.folder / "params").mkdir()
+    (toy.folder / "params" / "toy.yaml").write_text(yaml.safe_dump(small().model_dump(mode="json")))
+    write_notebook(
+        toy.folder / "notebooks" / "01_first.ipynb",
+        "from ggsm_core import params\nprint(params.load(profile).recipes.active)",
+        recipes=["ggsm"],
+    )
+    book = toy.folder / "book"
+    book.mkdir()
+    (book / "_config.yml").write_text(
+        "title: Toy\nauthor: nobody\nexecute:\n  execute_notebooks: 'off'\nonly_build_toc_files: true\n"
+    )
+    (book / "_toc.yml").write_text("format: jb-book\nroot: intro\nchapters:\n- file: notebooks/01_first\n")
+    (book / "intro.md").write_text("# Toy\n\nA page.\n")
+    return toy
+
+
+def make(project: Toy, target: str = "book") -> list[str]:
+    lines: list[str] = []
+    pipeline.make(project.folder / "params" / "toy.yaml", target, lines.append)
+    return lines
+
+
+def test_the_book_is_made_once_and_again_only_where_something_changed(project: Toy) -> None:
+    make(project)
+    pages = project.folder / "build" / "toy" / "book" / "_build" / "html"
+    page = (pages / "notebooks" / "01_first.html").read_text()
+    assert "['ggsm']" in html.unescape(re.sub(r"<[^>]*>", "", page))  # what it declares and no other
+    assert "injected" not in page and ".keys" not in page
+    told = json.loads((project.folder / "results" / "toy" / "provenance.json").read_text())
+    assert len(told["runs"]) == 7 and told["data"] and told["params"] and told["machine"]["cores"]
+    assert (project.folder / "results" / "toy" / "auc.csv").read_text().count("\n") == 3
+
+    before = {
+        path: path.stat().st_mtime_ns for path in (project.folder / "results").rglob("*") if path.is_file()
+    }
+    began = time.monotonic()
+    lines = make(project)
+    assert time.monotonic() - began < 3
+    assert "whole and current" in lines[0] and not any("steps to make" in line for line in lines)
+    assert all(path.read_text() for path in before)
+
+    (project.folder / "book" / "intro.md").write_text("# Toy\n\nA better page.\n")
+    lines = make(project)
+    assert [line.split("] ")[-1].split(" (")[0] for line in lines if "whole: " in line] == ["whole: book"]
+    assert "better" in (pages / "intro.html").read_text()
+
+
+def test_a_warning_fails_the_book_and_fails_it_again(project: Toy) -> None:
+    (project.folder / "book" / "intro.md").write_text("# Toy\n\n[nowhere](nowhere.md)\n\n{ref}`nothing`\n")
+    for _ in range(2):
+        with pytest.raises(JobFailed, match="book failed"):
+            make(project)
+
+
+def test_a_failed_cell_is_named_and_earlier_outputs_stay(project: Toy) -> None:
+    write_notebook(
+        project.folder / "notebooks" / "01_first.ipynb",
+        "print('earlier')",
+        "# a comment\nvalue = 1 / 0",
+        "print('later')",
+    )
+    with pytest.raises(JobFailed) as problem:
+        make(project)
+    message = str(problem.value)
+    assert "01_first.ipynb, cell 3 ('value = 1 / 0') failed: ZeroDivisionError" in message
+    folder = project.folder / "build" / "toy" / "notebooks"
+    kept = (folder / "01_first.ipynb").read_text()
+    assert "earlier\\n" in kept and "later\\n" not in kept
+    assert "ZeroDivisionError" in (folder / "01_first.log").read_text()
+    assert not (project.folder / "build" / "toy" / "book").exists()
+
+
+def test_a_notebook_that_writes_to_stderr_is_refused(project: Toy) -> None:
+    write_notebook(
+        project.folder / "notebooks" / "01_first.ipynb", "import warnings\nwarnings.warn('beware')"
+    )
+    with pytest.raises(JobFailed, match=r"01_first\.ipynb: cell 3 .* wrote to stderr: .*beware"):
+        make(project, "notebooks")
+
+
+def test_a_book_that_would_execute_notebooks_itself_is_refused(project: Toy) -> None:
+    (project.folder / "book" / "_config.yml").write_text("title: Toy\nexecute:\n  execute_notebooks: force\n")
+    with pytest.raises(ValueError, match=r"execute_notebooks is 'force'"):
+        make(project)
+
+
+def test_results_alone(project: Toy) -> None:
+    make(project, "results")
+    assert (project.folder / "results" / "toy" / "auc.csv").exists()
+    assert not list((project.folder / "build" / "toy").rglob("*.ipynb"))
+
+
+# --------------------------------------------------------------------------------- in git
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
+def test_notebooks_in_git_carry_no_output(path: Path) -> None:
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+
+
+def test_every_notebook_declares_what_it_reads() -> None:
+    assert len(notebooks.discover(ROOT / "notebooks")) == len(list((ROOT / "notebooks").glob("*.ipynb")))
