@@ -1,0 +1,39 @@
+# Needs python3 (3.11), make and pip, nothing else. `make book` and `make test` are the two that matter.
+PROFILE ?= quick
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help install book results test lint params bench lab clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@echo "  PROFILE=quick (the default) names a file in params/: $(basename $(notdir $(wildcard params/*.yaml)))"
+
+install:  ## .venv from requirements.lock, if anything changed
+	@$(PYTHON) .ci/install.py
+
+book: install  ## everything: data, training, probes, notebooks, book
+	@$(PY) -m ggsm_core.pipeline --profile params/$(PROFILE).yaml --target book
+
+results: install  ## the same up to results/PROFILE/, without notebooks and book
+	@$(PY) -m ggsm_core.pipeline --profile params/$(PROFILE).yaml --target results
+
+test: install  ## the tests
+	@$(PY) -m pytest -q
+
+lint: install  ## ruff and mypy
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+
+params: install  ## the profile, merged, with each field's meaning and unit
+	@$(PY) -m ggsm_core.params params/$(PROFILE).yaml
+
+bench: install  ## the timings that the README promises
+	@for script in benchmarks/*.py; do echo "$$script"; $(PY) $$script || exit 1; done
+
+lab: install  ## JupyterLab in notebooks/
+	@$(PY) -m jupyter lab --notebook-dir=.
+
+clean:  ## remove all runs and everything built; .venv and results/ stay
+	rm -rf build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
