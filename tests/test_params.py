@@ -1,0 +1,123 @@
+"""Profiles: what is wrong is refused before anything runs, naming field, value and what is allowed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ggsm_core import params
+from ggsm_core.params import Profile, ProfileError
+
+ROOT = Path(__file__).resolve().parents[1]
+PROFILES = sorted((ROOT / "params").glob("*.yaml"))
+
+
+def load(folder: Path, raw: Any) -> Profile:
+    path = folder / "mine.yaml"
+    path.write_text(raw if isinstance(raw, str) else yaml.safe_dump(raw))
+    return params.load(path)
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_every_profile_loads_and_is_named_after_its_file(path: Path) -> None:
+    assert params.load(path).name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"name": "mine", "trainin": {}}, ["trainin", "unknown", "training"]),
+        ({"name": "mine", "training": {"stepz": 3}}, ["training.stepz", "3", "total_steps"]),
+        (
+            {"name": "mine", "recipes": {"ggsm": {"warmsteps": 3}}},
+            ["recipes.ggsm.warmsteps", "3", "warm_steps"],
+        ),
+        ({"name": "mine", "recipes": {"gg_sm": {}}}, ["recipes.gg_sm", "ggsm"]),
+        ({"name": "mine", "training": {"total_steps": "60"}}, ["training.total_steps", "'60'", "integer"]),
+        ({"name": "mine", "training": {"total_steps": 60.5}}, ["training.total_steps", "60.5", "integer"]),
+        ({"name": "mine", "training": {"total_steps": True}}, ["training.total_steps", "True", "integer"]),
+        ({"name": "mine", "training": {"total_steps": 0}}, ["training.total_steps", "0", "1"]),
+        ({"name": "mine", "training": {"total_steps": 6}}, ["warm_steps", "6", "total_steps"]),
+        (
+            {"name": "mine", "recipes": {"ggsm": {"warm_steps": 60}}},
+            ["recipes.ggsm.warm_steps", "60", "below"],
+        ),
+        ({"name": "mine", "recipes": {"ggsm": {"grad_site": "layer:4"}}}, ["grad_site", "layer:4", "0 to 3"]),
+        ({"name": "mine", "recipes": {"ggsm": {"grad_site": "middle"}}}, ["grad_site", "middle", "layer"]),
+        ({"name": "mine", "recipes": {"ggsm": {"normalise": "softmax"}}}, ["normalise", "softmax", "zscore"]),
+        ({"name": "mine", "lora": {"targets": ["q_proj", "c_attn"]}}, ["lora", "c_attn", "gate_proj"]),
+        ({"name": "mine", "backbone": {"hidden": 100, "heads": 8}}, ["hidden", "100", "16"]),
+        ({"name": "mine", "backbone": {"kind": "pretrained"}}, ["path", "None", "pretrained"]),
+        ({"name": "mine", "backbone": {"kind": "smollm2"}}, ["pretraining", "smollm2", "null"]),
+        ({"name": "mine", "data": {"probe_anchors": [200]}}, ["train_anchors", "210", "170"]),
+        ({"name": "mine", "training": {"micro_batch_size": 500}}, ["micro_batch_size", "500", "192"]),
+        ({"name": "mine", "objective": {"margin": None, "margin_from": 5}}, ["margin_from", "margin"]),
+        ({"name": "My Profile"}, ["name", "My Profile"]),
+        ({}, ["name"]),
+        ("- a\n- b\n", ["mapping", "list"]),
+        ("name: [\n", ["not YAML"]),
+        ({"name": "mine", "extends": "nowhere.yaml"}, ["nowhere.yaml", "no such profile"]),
+        ({"name": "mine", "extends": "mine.yaml"}, ["extends itself"]),
+    ],
+)
+def test_what_can_not_be_honoured_is_refused(tmp_path: Path, raw: Any, words: list[str]) -> None:
+    with pytest.raises(ProfileError) as problem:
+        load(tmp_path, raw)
+    missing = [word for word in words if word not in str(problem.value)]
+    assert not missing, str(problem.value)
+
+
+def test_a_profile_states_only_what_differs(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        yaml.safe_dump({"name": "base", "training": {"total_steps": 80, "batch_size": 8}})
+    )
+    child = load(
+        tmp_path,
+        {"extends": "base.yaml", "name": "mine", "training": {"batch_size": 16}, "recipes": {"ggsm": None}},
+    )
+    assert (child.training.total_steps, child.training.batch_size) == (80, 16)
+    assert "ggsm" not in child.recipes.active and "causal" in child.recipes.active
+
+
+def test_the_refusal_comes_before_anything_else_and_fast(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("name: bad\ntraining:\n  total_step: 3\n")
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "ggsm_core.pipeline", "--profile", str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0 and time.monotonic() - began < 10
+    assert "training.total_step" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_make_params_prints_every_field_with_its_meaning() -> None:
+    lines = params.describe(params.load(ROOT / "params" / "quick.yaml"))
+    assert len(lines) > 50
+    # A whole section that is switched off has no field to explain.
+    assert all("  # " in line for line in lines if not line.endswith(": null"))
+    assert any("learning_rate" in line for line in lines) and any("[steps]" in line for line in lines)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda s: st.dictionaries(st.text(max_size=5), s, max_size=3),
+    )
+)
+def test_no_content_makes_it_fall_over(tmp_path_factory: pytest.TempPathFactory, raw: Any) -> None:
+    try:
+        load(tmp_path_factory.mktemp("profile"), {"name": "mine", "training": raw})
+    except ProfileError:
+        pass
