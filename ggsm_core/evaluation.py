@@ -152,18 +152,17 @@ def interval(draws: Floats) -> tuple[float, float]:
 
 def weighted_auc(scores: Floats, labels: Ints, weights: Floats) -> Floats:
     """AUC [R] of ``scores`` [n] under each column of row ``weights`` [n, R]; ties count one half."""
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
-    positive = weights[order] * labels[order, None]
-    negative = weights[order] - positive
-    if len(starts) < len(scores):
-        positive, negative = (np.add.reduceat(side, starts, axis=0) for side in (positive, negative))
-    below = np.cumsum(negative, axis=0)
-    total = positive.sum(axis=0) * below[-1]
-    below -= negative / 2
-    wins: Floats = np.einsum("nr,nr->r", positive, below)
-    auc: Floats = wins / total
-    return auc
+    positive, negative = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
+    negative = negative[np.argsort(scores[negative], kind="stable")]
+    below = np.zeros((len(negative) + 1, weights.shape[1]))  # row k: weight of the k lowest negatives
+    np.cumsum(weights[negative], axis=0, out=below[1:])
+    first = np.searchsorted(scores[negative], scores[positive], side="left")
+    last = np.searchsorted(scores[negative], scores[positive], side="right")
+    beaten = below[first]
+    tied = last > first
+    beaten[tied] = (beaten[tied] + below[last[tied]]) / 2
+    auc: Floats = np.einsum("pr,pr->r", weights[positive], beaten)
+    return auc / (weights[positive].sum(axis=0) * below[-1])
 
 
 def mean_fold_auc(scores: Floats, labels: Ints, fold: Ints, weights: Floats | None = None) -> Floats:
