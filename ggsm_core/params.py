@@ -172,12 +172,12 @@ class Training(Section):
 
     total_steps: int = _field(60, "T_total", "steps", ge=1)
     batch_size: int = _field(192, "global batch B, over all processes", "pairs", ge=2)
-    micro_batch_size: int | None = _field(
-        None, "cached large batches: pairs encoded at a time; null encodes the batch at once", "pairs", ge=1
-    )
     learning_rate: float = _field(1e-3, "peak, cosine decay to 0", gt=0.0)
     lr_warm_share: float = _field(0.1, "share of steps with linearly rising learning rate", ge=0.0, lt=1.0)
     weight_decay: float = _field(0.01, "AdamW", ge=0.0)
+    adam_beta2: float = _field(
+        0.95, "AdamW's second-moment decay; 0.95 forgets the large first gradients in some 20 steps", gt=0.0, lt=1.0
+    )
     max_grad_norm: float = _field(1.0, "gradient clipping", gt=0.0)
     checkpoint_every: int = _field(20, "steps between checkpoints", "steps", ge=1)
     keep_checkpoints: int = _field(2, "the last K are kept", "checkpoints", ge=1)
@@ -239,7 +239,7 @@ class Recipes(Section):
 class Evaluation(Section):
     """Linear probe and uncertainty."""
 
-    folds: int = _field(5, "folds, grouped by household", "folds", ge=2)
+    folds: int = _field(5, "folds, grouped by household", "folds", ge=3)
     seed: int = _field(0, "of folds and bootstrap", ge=0)
     bootstrap: int = _field(1000, "household resamples", "resamples", ge=100)
 
@@ -287,11 +287,6 @@ class Profile(Section):
             raise ValueError(
                 f"pretraining: goes with backbone.kind: scratch, and kind is {self.backbone.kind!r}; "
                 "set pretraining to null for a pretrained decoder"
-            )
-        micro = self.training.micro_batch_size
-        if micro is not None and micro > self.training.batch_size:
-            raise ValueError(
-                f"training.micro_batch_size: {micro} is above training.batch_size = {self.training.batch_size}"
             )
         return self
 

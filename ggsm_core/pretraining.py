@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from ggsm_core.backbone import load_pretrained, new_decoder, train_tokenizer
-from ggsm_core.template import EOS_TOKEN, encode_answer, encode_user, render
+from ggsm_core.template import Encoded, User, collate, encode_answer, encode_user, render
 from ggsm_core.tokens import Progress, read_users
 
 
@@ -34,37 +34,17 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
         progress(1, 1, "tags added")
         return
     settings = params.pretraining
-    samples = pl.read_parquet(inputs["windows"] / "samples.parquet")
-    train = samples.filter(pl.col("split") == "train")["sample"]
-    users = read_users(inputs["windows"], train, params.template)
-    pairs = (
-        pl.read_parquet(inputs["pairs"] / "pairs.parquet")
-        .select("query", "answer")
-        .unique(maintain_order=True)
-    )
-    order = np.random.default_rng(settings.seed).permutation(train.to_numpy()).tolist()
-    texts = [render(users[sample]) for sample in order[:2000]]
+    pairs = pl.read_parquet(inputs["pairs"] / "pairs.parquet").select("sample", "query", "answer")
+    users = read_users(inputs["windows"], pairs["sample"], params.template)
+    reader = np.random.default_rng(settings.seed)
+    chosen = pairs[reader.permutation(len(pairs))[: settings.steps * settings.batch_size]]
     progress(0, settings.steps, "tokenizer")
-    tokenizer = train_tokenizer(
-        [*texts, *pairs["query"].drop_nulls().unique().sort(), *pairs["answer"]], params.backbone.vocab
-    )
-
-    # Three parts histories, one part answers: the language of both towers, in the order of one epoch at most.
-    needed = settings.steps * settings.batch_size * settings.sequence_tokens
-    eos = tokenizer.convert_tokens_to_ids(EOS_TOKEN)
-    histories = (
-        np.append(
-            encode_user(users[sample], tokenizer, modality_input="text", max_tokens=1 << 20).input_ids, eos
-        )
-        for sample in order
-    )
-    reader = np.random.default_rng([settings.seed, 1])
-    answers = (
-        encode_answer(pairs["answer"][int(i)], tokenizer, max_tokens=1 << 20).input_ids
-        for i in reader.permutation(len(pairs))
-    )
-    stream = [*_until(histories, 3 * needed // 4), *_until(answers, needed // 4)]
-    tokens = _shuffled_blocks(stream, settings.sequence_tokens, reader)
+    texts = [render(users[sample], query) for sample, query in chosen[:2000].select("sample", "query").rows()]
+    tokenizer = train_tokenizer([*texts, *pairs["answer"].unique().sort()], params.backbone.vocab)
+    documents = [
+        _document(users[sample], query, answer, tokenizer, settings.sequence_tokens)
+        for sample, query, answer in chosen.rows()
+    ]
 
     torch.manual_seed(settings.seed)
     model = new_decoder(params.backbone, len(tokenizer))
@@ -75,8 +55,11 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
     begin = time.monotonic()
     with (out / "metrics.jsonl").open("w", encoding="utf-8") as log:
         for step in range(settings.steps):
-            rows = torch.from_numpy(tokens[reader.integers(len(tokens), size=settings.batch_size)])
-            loss = model(input_ids=rows, labels=rows).loss
+            places = np.arange(step * settings.batch_size, (step + 1) * settings.batch_size) % len(documents)
+            batch = collate([documents[place] for place in places], tokenizer.pad_token_id)
+            # Nothing is predicted after <EOS>: always the same target would make the state read there a constant.
+            targets = batch.input_ids.masked_fill(~batch.valid, -100)
+            loss = model(input_ids=batch.input_ids, attention_mask=batch.valid, labels=targets).loss
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -92,16 +75,18 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
     tokenizer.save_pretrained(out)
 
 
-def _until(documents: Iterator[np.ndarray], tokens: int) -> Iterator[np.ndarray]:
-    """Documents until there are that many tokens, or no more documents."""
-    for document in documents:
-        if tokens <= 0:
-            return
-        tokens -= len(document)
-        yield document
+def _document(
+    user: User, query: str | None, answer: str, tokenizer: PreTrainedTokenizerFast, max_tokens: int
+) -> Encoded:
+    """A history, its query, ``<USER>``, the answer and ``<EOS>``, as plain tokens.
 
-
-def _shuffled_blocks(stream: list[np.ndarray], length: int, generator: np.random.Generator) -> np.ndarray:
-    """Int64[n, length]: documents in a new order, packed end to end."""
-    packed = np.concatenate([stream[i] for i in generator.permutation(len(stream))])
-    return packed[: len(packed) // length * length].reshape(-1, length)
+    The answer follows ``<USER>``, so the state that is read there already looks ahead. Old records go first
+    where the whole does not fit.
+    """
+    end = encode_answer(answer, tokenizer, max_tokens=max_tokens)
+    begin = encode_user(
+        user, tokenizer, query, modality_input="text", max_tokens=max_tokens - len(end.input_ids)
+    )
+    return Encoded(
+        np.concatenate([begin.input_ids, end.input_ids]), np.concatenate([begin.segments, end.segments])
+    )

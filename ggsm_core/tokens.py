@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 from safetensors.numpy import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from ggsm_core.data import windows
 from ggsm_core.template import NUMBERS, Encoded, Record, User, encode_answer, encode_user
@@ -94,8 +94,8 @@ class Sequences:
 
 def read_users(folder: Path, samples: pl.Series, template: Any) -> dict[int, User]:
     """The users of these samples, from a windows run."""
-    records = pl.scan_parquet(folder / "records.parquet").filter(pl.col("sample").is_in(samples.unique().to_list()))
-    return dict(windows.users(records.collect(), template))
+    wanted = pl.col("sample").is_in(samples.unique().to_list())
+    return dict(windows.users(pl.read_parquet(folder / "records.parquet").filter(wanted), template))
 
 
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
@@ -104,7 +104,7 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
     Writes ``train_users``, ``train_answers`` (row i is pair i of ``pairs.parquet``) and ``probe_users``
     (row i is row i of ``probe.parquet``).
     """
-    tokenizer = AutoTokenizer.from_pretrained(inputs["pretrain"])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(inputs["pretrain"])
     pairs = pl.read_parquet(inputs["pairs"] / "pairs.parquet")
     samples = pl.read_parquet(inputs["windows"] / "samples.parquet")
     probe = samples.filter(pl.col("split") == "probe").select("sample", "user", "anchor")

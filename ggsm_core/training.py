@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors.numpy import load_file as load_numpy
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from ggsm_core import checkpoints, guidance, masks, recipes
 from ggsm_core.loss import Negatives, info_nce_rows
@@ -72,8 +72,9 @@ class Pairs:
     def rows(self, step: int) -> np.ndarray:
         """Int64[B]: the pairs of batch ``step``. Every sample comes once an epoch, with one of its answers.
 
-        A batch that begins in one epoch and ends in the next may hold a sample twice; its rows share the
-        user and are no negatives of each other.
+        One granularity a batch: with several, InfoNCE is soon solved by telling kinds of answers apart. A
+        batch that begins in one epoch and ends in the next may hold a sample twice; its rows share the user
+        and are no negatives of each other.
         """
         count = len(self._of_sample)
         chosen = []
@@ -81,7 +82,8 @@ class Pairs:
             epoch, offset = divmod(place, count)
             sample = self._order(epoch)[offset]
             options = self._of_sample[sample]
-            chosen.append(options[(self._start(sample) + epoch) % len(options)])
+            # Shifted every epoch, so that a sample meets all its answers however many steps an epoch has.
+            chosen.append(options[(step + epoch) % len(options)])
         return np.array(chosen)
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -89,9 +91,6 @@ class Pairs:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self._of_sample))
             self._cached = (epoch, order)
         return self._cached[1]
-
-    def _start(self, sample: int) -> int:
-        return int(np.random.default_rng([self.seed, 1, sample]).integers(1 << 30))
 
     def batch(self, rows: np.ndarray, pad_id: int) -> PairBatch:
         """Collate the pairs in ``rows``."""
@@ -130,7 +129,7 @@ def build_encoder(params: Any, inputs: dict[str, Path]) -> UserEncoder:
     adapter = params.template.modality_input == "adapter"
     return UserEncoder(
         decoder,
-        AutoTokenizer.from_pretrained(inputs["pretrain"]),
+        PreTrainedTokenizerFast.from_pretrained(inputs["pretrain"]),
         recipe,
         features=feature_size(inputs["texts"]) if adapter else None,
         lora=params.lora,
@@ -173,7 +172,7 @@ class Trainer:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         if params.training.batch_size % world:
             raise TrainingError(
-                f"training.batch_size: {params.training.batch_size} can't be shared by {world} processes evenly"
+                f"training.batch_size: {params.training.batch_size} can't be shared evenly by {world} processes"
             )
         share = params.training.batch_size // world
         self.own = slice(rank * share, (rank + 1) * share)
@@ -186,6 +185,7 @@ class Trainer:
                 {"params": plain, "weight_decay": 0.0},
             ],
             lr=params.training.learning_rate,
+            betas=(0.9, params.training.adam_beta2),
         )
         self.towers = self.accelerator.prepare(Towers(encoder))
         self.frozen_tower: UserEncoder | None = None
@@ -408,3 +408,11 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
     if main:
         trainer.encoder.save(out)
         store.remove()
+
+
+if __name__ == "__main__":
+    import sys
+
+    from ggsm_core.worker import command_line
+
+    sys.exit(command_line("contrast"))

@@ -58,7 +58,6 @@ def test_every_profile_loads_and_is_named_after_its_file(path: Path) -> None:
         ({"name": "mine", "backbone": {"kind": "pretrained"}}, ["path", "None", "pretrained"]),
         ({"name": "mine", "backbone": {"kind": "smollm2"}}, ["pretraining", "smollm2", "null"]),
         ({"name": "mine", "data": {"probe_anchors": [200]}}, ["train_anchors", "210", "170"]),
-        ({"name": "mine", "training": {"micro_batch_size": 500}}, ["micro_batch_size", "500", "192"]),
         ({"name": "mine", "objective": {"margin": None, "margin_from": 5}}, ["margin_from", "margin"]),
         ({"name": "My Profile"}, ["name", "My Profile"]),
         ({}, ["name"]),
