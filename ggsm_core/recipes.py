@@ -131,11 +131,11 @@ class MlpOpening(Recipe):
             nn.LayerNorm(hidden_size),
             nn.Linear(hidden_size, self.width),
             nn.GELU(),
-            nn.Linear(self.width, self.width),
+            last := nn.Linear(self.width, self.width),
         )
         self.bias = nn.Parameter(torch.tensor(-2.0))
-        nn.init.zeros_(self.mlp[-1].weight)
-        nn.init.zeros_(self.mlp[-1].bias)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def visibility(self, view: View) -> Tensor:
         length = view.valid.shape[1]
@@ -215,7 +215,7 @@ class Guided(Recipe):
         return weights
 
     def recall(self, valid: Tensor, segments: Tensor, step: int | None) -> Tensor:
-        """Float[B, L]: weights without a probe pass: last step's norms in warm-up, the frozen ones after it."""
+        """Float[B, L]: weights without a probe: last step's norms in warm-up, the frozen ones after it."""
         if step is not None and self.warm(step):
             if step == 0:
                 return masks.causal(valid)  # no step before: pre-training's mask
@@ -258,7 +258,7 @@ class HybridMask(Guided):
 
 
 class GradientGuidedSoftMask(Guided):
-    """GG-SM (Eq. 5, 15): guided warm-up, then a linear ramp to full visibility; bidirectional at inference."""
+    """GG-SM (Eq. 5, 15): guided warm-up, then linearly to full visibility; bidirectional at inference."""
 
     def visibility(self, view: View) -> Tensor:
         if view.step is None:
@@ -295,6 +295,8 @@ def build(
         raise RecipeError(
             f"options: {name} takes {kind.section.__name__}, got {type(options).__name__} {options!r}"
         )
-    recipe = kind(options, total_steps, hidden_size, max_length)
+    # What a recipe draws for itself must not change what is drawn later: with one seed, all start alike.
+    with torch.random.fork_rng(devices=[]):
+        recipe = kind(options, total_steps, hidden_size, max_length)
     recipe.name = name
     return recipe
