@@ -6,6 +6,7 @@ Both towers are this one module; they differ in their template and in what the r
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from ggsm_core import masks, recipes
 from ggsm_core.backbone import check_mask, positions
@@ -55,14 +55,14 @@ class Adapter(nn.Module):
             nn.Linear(features + len(NUMBERS), 2 * hidden),
             nn.GELU(),
             nn.Linear(2 * hidden, hidden),
-            nn.LayerNorm(hidden),
+            norm := nn.LayerNorm(hidden),
         )
         # Soft tokens start at the size of the decoder's own token embeddings.
-        nn.init.constant_(self.layers[-1].weight, scale)
+        nn.init.constant_(norm.weight, scale)
 
     def forward(self, features: Tensor, numbers: Tensor) -> Tensor:
         """Float[n, F], Float[n, N] -> Float[n, d]."""
-        return self.layers(torch.cat([features, numbers], dim=-1))
+        return self.layers(torch.cat([features, numbers], dim=-1).to(next(self.parameters()).dtype))
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ class UserEncoder(nn.Module):
         answer_mask: ``same`` (the recipe's own rule), ``causal`` or ``bidirectional`` for the answer tower.
     """
 
+    decoder: Any  # a PreTrainedModel, or peft's wrapper around one
+
     def __init__(
         self,
         decoder: PreTrainedModel,
@@ -107,9 +109,13 @@ class UserEncoder(nn.Module):
         self.recipe = recipe
         self.features = features
         self.answer_mask = answer_mask
-        self.ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+        added = tokenizer.get_added_vocab()
+        if lacking := [token for token in SPECIAL_TOKENS if token not in added]:
+            raise EncoderError(f"tokenizer: {', '.join(lacking)} missing; add all of template.SPECIAL_TOKENS")
+        self.ids: dict[str, int] = {token: added[token] for token in SPECIAL_TOKENS}
         width = decoder.config.hidden_size
-        scale = float(decoder.get_input_embeddings().weight.detach().std())
+        embeddings: Any = decoder.get_input_embeddings()
+        scale = float(embeddings.weight.detach().std())
         self.adapters = nn.ModuleDict(
             {name: Adapter(features, width, scale) for name in MODALITIES} if features is not None else {}
         )
@@ -162,9 +168,16 @@ class UserEncoder(nn.Module):
 
         Raises:
             template.NoToken, template.TwoTokens: a row whose read-out token is not there exactly once.
+            EncoderError: a sequence longer than the recipe was built for.
             NotFinite: an embedding that is NaN or infinite, with the row.
         """
         read_out = self._read_out(batch, tower)
+        longest = int(batch.valid.sum(1).max())
+        if longest > self.recipe.max_length:  # a span or frozen weights would end before the sequence does
+            raise EncoderError(
+                f"input_ids: a sequence of {longest} tokens ({tower}), and the recipe was built for at most "
+                f"{self.recipe.max_length}; truncate with encode_user or raise template.max_user_tokens"
+            )
         hidden, valid, segments = self.embed_tokens(batch), batch.valid, batch.segments
         if self.recipe.prefix is not None and tower == "user":
             hidden, valid, segments = _prepend(self.recipe.prefix, hidden, valid, segments)
@@ -215,7 +228,7 @@ class UserEncoder(nn.Module):
         if site is None or not site.startswith("layer:"):
             yield captured
             return
-        blocks = self._base().layers
+        blocks: Any = self._base().layers
         index = int(site.removeprefix("layer:"))
         if index >= len(blocks):
             raise EncoderError(f"grad_site: {site!r}, but the decoder has layers 0 to {len(blocks) - 1}")
@@ -241,7 +254,7 @@ class UserEncoder(nn.Module):
         return {name: tensor for name, tensor in state.items() if name not in frozen}
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
-        """The inverse of ``trained_state``. A missing, unexpected or misshapen key raises ``EncoderError``."""
+        """The inverse of ``trained_state``. A key missing, unexpected or misshapen: ``EncoderError``."""
         expected = self.trained_state()
         missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
         misshapen = sorted(k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape)
@@ -251,6 +264,17 @@ class UserEncoder(nn.Module):
                 f"other shape {misshapen[:3]} (of {len(missing)}, {len(unexpected)}, {len(misshapen)})"
             )
         self.load_state_dict(state, strict=False)
+
+    def merged(self) -> UserEncoder:
+        """A copy whose LoRA update lies in the decoder's own weights, added in fp32.
+
+        Equal up to rounding; what it saves needs no ``base``. Raises ``EncoderError`` without LoRA.
+        """
+        if self.lora is None:
+            raise EncoderError("lora: this encoder has none, so there is nothing to merge")
+        other = copy.deepcopy(self).float().eval()
+        other.decoder, other.lora = other.decoder.merge_and_unload(safe_merge=True), None
+        return other
 
     def save(self, folder: Path) -> None:
         """Write weights (safetensors), recipe with its state, tokenizer and configuration into ``folder``."""
@@ -281,16 +305,16 @@ class UserEncoder(nn.Module):
         """
         description = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
         lora = Lora(**description["lora"]) if description["lora"] else None
-        if lora is not None and base is None:
+        attention = description["attention"]
+        if lora is None:
+            config = AutoConfig.from_pretrained(folder)
+            decoder = AutoModel.from_config(config, attn_implementation=attention)
+        elif base is None:
             raise EncoderError(
                 f"{folder.name}: holds LoRA weights only; give base, the folder of its decoder"
             )
-        attention = description["attention"]
-        decoder = (
-            AutoModel.from_config(AutoConfig.from_pretrained(folder), attn_implementation=attention)
-            if lora is None
-            else load_decoder(base, attention)
-        )
+        else:
+            decoder = load_decoder(base, attention)
         name = description["recipe"]
         if name not in recipes.RECIPES:
             raise EncoderError(
@@ -305,7 +329,8 @@ class UserEncoder(nn.Module):
         )
         encoder = cls(
             decoder,
-            AutoTokenizer.from_pretrained(folder),
+            # AutoTokenizer would choose a class by model type, and with it another way to split text.
+            PreTrainedTokenizerFast.from_pretrained(folder),
             recipe,
             features=description["features"],
             lora=lora,
@@ -315,7 +340,7 @@ class UserEncoder(nn.Module):
         return encoder.eval()
 
 
-def load_decoder(folder: Path | None, attention: str) -> PreTrainedModel:
+def load_decoder(folder: Path, attention: str) -> PreTrainedModel:
     """The decoder of a Hugging Face folder, without its language-model head, in fp32."""
     return AutoModel.from_pretrained(
         folder, attn_implementation=attention, dtype=torch.float32, use_safetensors=True
@@ -324,6 +349,8 @@ def load_decoder(folder: Path | None, attention: str) -> PreTrainedModel:
 
 def _with_lora(decoder: PreTrainedModel, lora: Lora, token_ids: list[int]) -> Any:
     """Low-rank updates on the named linear layers, and trainable rows for the template's tags."""
+    from peft import LoraConfig, get_peft_model  # slow to import, and only LoRA needs it
+
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
