@@ -342,7 +342,8 @@ class Trainer:
         """
         recipe = self.encoder.recipe
         towers = Towers(self.frozen_tower or self.encoder)
-        with torch.random.fork_rng():
+        # The training pass runs in autocast by itself: accelerate wraps it. This one does not go through it.
+        with torch.random.fork_rng(), self.accelerator.autocast():
             user, answer = towers(pairs, step, None, recipe.options.grad_site, True)
         loss, _, _ = self._loss(user.embedding, answer.embedding, pairs, step)
         return guidance.gradient_norms(loss, user.site)

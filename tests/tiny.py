@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 import torch
+from safetensors.numpy import save_file
 from transformers import (
     LlamaConfig,
     LlamaModel,
@@ -19,7 +23,7 @@ from transformers import (
     Qwen3Model,
 )
 
-from ggsm_core import backbone, model, params, recipes, template
+from ggsm_core import backbone, model, params, recipes, template, tokens
 
 ARCHITECTURES = {
     "qwen2": (Qwen2Config, Qwen2Model),
@@ -142,3 +146,37 @@ def answers(texts: Sequence[str], side: Literal["left", "right"] = "right") -> t
 def pad_id() -> int:
     """Id of ``<pad>``."""
     return int(tokenizer().convert_tokens_to_ids(template.PAD_TOKEN))
+
+
+def corpus(folder: Path, *, vocabulary: PreTrainedTokenizerFast | None = None) -> dict[str, Path]:
+    """What the stages tokens and texts write: two pairs a sample; some households have two samples."""
+    answers_of = ("frozen pizza", "soft drinks (grocery)", "a visit on a weekday", "homeowner", "age 45-54")
+    vocabulary = vocabulary or tokenizer()
+    households = 9
+    rows = [(sample, kind) for sample in range(12) for kind in range(2)]
+    encoded = [
+        template.encode_user(user(1 + sample % 5, seed=sample), vocabulary, QUERY, max_tokens=LONGEST)
+        for sample, _ in rows
+    ]
+    answer_ids = [(2 * sample + kind) % len(answers_of) for sample, kind in rows]
+    pairs = pl.DataFrame(
+        {
+            "sample": [sample for sample, _ in rows],
+            "user": [f"household {sample % households}" for sample, _ in rows],
+            "granularity": [("visits", "weeks")[kind] for _, kind in rows],
+            "answer_id": answer_ids,
+            "user_id": [sample % households for sample, _ in rows],
+        }
+    )
+    inputs = {name: folder / name for name in ("tokens", "texts")}
+    for path in inputs.values():
+        path.mkdir(parents=True)
+    tokens.Sequences.of(encoded).save(inputs["tokens"], "train_users")
+    said = [template.encode_answer(answers_of[i], vocabulary, max_tokens=32) for i in answer_ids]
+    tokens.Sequences.of(said).save(inputs["tokens"], "train_answers")
+    pairs.write_parquet(inputs["tokens"] / "pairs.parquet")
+    texts = sorted(WORDS.split(", "))
+    (inputs["texts"] / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+    features = np.stack([feature_of(text) for text in texts])
+    save_file({"features": features}, inputs["texts"] / "texts.safetensors")
+    return inputs
