@@ -35,7 +35,7 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
 def embed_all(
     encoder: UserEncoder, users: Sequences, feature_of: Any, progress: Progress, batch_size: int = 256
 ) -> np.ndarray:
-    """Float32[n, d], in the order of ``users``. Rows of like length share a batch, so little of it is padding."""
+    """Float32[n, d], in the order of ``users``. Rows of like length share a batch, to pad little."""
     order = np.argsort(users.lengths(), kind="stable")
     result = np.empty((len(users), encoder.hidden_size), np.float32)
     device = next(encoder.parameters()).device

@@ -53,7 +53,8 @@ def norms_of(gradient: Tensor) -> Tensor:
     if not bool(torch.isfinite(norms).all()):
         row, position = (~torch.isfinite(norms)).nonzero()[0].tolist()
         raise GuidanceError(
-            f"gradient: norm {float(norms[row, position])} at row {row}, position {position}; the loss has overflowed"
+            f"gradient: norm {float(norms[row, position])} at row {row}, position {position}; "
+            "the loss has overflowed"
         )
     return norms
 
@@ -112,7 +113,8 @@ def open_linearly(weights: Tensor, step: int, warm_steps: int, total_steps: int)
     Args:
         weights: Float[B, L], 0 on padding.
         step: t, counted from 0.
-        warm_steps, total_steps: T_warm < T_total.
+        warm_steps: T_warm, below T_total.
+        total_steps: T_total.
 
     Returns:
         Float[B, L]: ``weights`` before ``warm_steps``, then (1 - alpha) w + alpha with
@@ -188,8 +190,8 @@ class Diagnosis:
         """Why the weights carry no information, or None if they do."""
         if self.silent_share > 0.5:
             return (
-                f"{self.silent_share:.0%} of the tokens have a gradient of exactly 0: the loss reads only <USER> "
-                "at this site (grad_site: final is blind); use grad_site: embeddings"
+                f"{self.silent_share:.0%} of the tokens have a gradient of exactly 0: the loss reads only "
+                "<USER> at this site (grad_site: final is blind); use grad_site: embeddings"
             )
         if self.spread < 0.01:
             return (

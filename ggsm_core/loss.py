@@ -43,12 +43,14 @@ def info_nce(
     """The contrastive objective, Eq. 6, as a scalar.
 
     Args:
-        user, answer: Float[B, d], L2-normalised.
+        user: Float[B, d], L2-normalised.
+        answer: Float[B, d], L2-normalised; row i is the positive of user i.
         temperature: tau.
         margin: c_margin of Eq. 8, or None for no margin mask. Each of the three sums is masked by its own
             s_ij against s(u_i, a_i) + margin; comparisons carry no gradient (reading note 9).
         same_side: include user-user and answer-answer negatives.
-        answer_ids, user_ids: Long[B]; rows that share an answer or a user are never negatives of each other.
+        answer_ids: Long[B]; rows that share an answer are never negatives of each other.
+        user_ids: Long[B]; nor are rows that share a user.
 
     Raises:
         LossError: shapes differ, a value isn't finite, tau <= 0 or margin < 0.
@@ -119,7 +121,8 @@ def _check(
 ) -> None:
     if user.ndim != 2 or user.shape != answer.shape or not len(user):
         raise LossError(
-            f"user, answer: expected two Float[B, d] with B >= 1, got {tuple(user.shape)} and {tuple(answer.shape)}"
+            f"user, answer: expected two Float[B, d] with B >= 1, got {tuple(user.shape)} "
+            f"and {tuple(answer.shape)}"
         )
     if not temperature > 0:
         raise LossError(f"temperature: {temperature} must be above 0")

@@ -96,7 +96,7 @@ def span(valid: Tensor, delta: int) -> Tensor:
 
 
 def mean_visibility(visibility: Tensor, valid: Tensor) -> float:
-    """How open a mask is: the mean of w_ij over all future pairs of real tokens; 0 causal, 1 bidirectional."""
+    """How open a mask is: mean w_ij over all future pairs of real tokens; 0 causal, 1 bidirectional."""
     _check(visibility, valid)
     batch, length = valid.shape
     weight = visibility if visibility.ndim == 3 else visibility[:, None, :].expand(batch, length, length)

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedToken
 
 from ggsm_core import masks, recipes
 from ggsm_core.backbone import check_mask, positions
-from ggsm_core.params import Lora
+from ggsm_core.params import Lora, Template
 from ggsm_core.template import (
     EOS_TOKEN,
     MODALITIES,
@@ -89,6 +89,7 @@ class UserEncoder(nn.Module):
         features: F, or None for plain text input without adapters.
         lora: train low-rank updates and the rows of the tags instead of the whole decoder.
         answer_mask: ``same`` (the recipe's own rule), ``causal`` or ``bidirectional`` for the answer tower.
+        template: how users became its sequences; saved with it, so that new users become them alike.
     """
 
     decoder: Any  # a PreTrainedModel, or peft's wrapper around one
@@ -102,6 +103,7 @@ class UserEncoder(nn.Module):
         features: int | None,
         lora: Lora | None = None,
         answer_mask: str = "same",
+        template: Template | None = None,
     ) -> None:
         super().__init__()
         check_mask(decoder)
@@ -109,6 +111,7 @@ class UserEncoder(nn.Module):
         self.recipe = recipe
         self.features = features
         self.answer_mask = answer_mask
+        self.template = template
         added = tokenizer.get_added_vocab()
         if lacking := [token for token in SPECIAL_TOKENS if token not in added]:
             raise EncoderError(f"tokenizer: {', '.join(lacking)} missing; add all of template.SPECIAL_TOKENS")
@@ -292,6 +295,7 @@ class UserEncoder(nn.Module):
             "features": self.features,
             "lora": self.lora.model_dump() if self.lora is not None else None,
             "answer_mask": self.answer_mask,
+            "template": self.template.model_dump() if self.template is not None else None,
             "attention": self._base().config._attn_implementation,
         }
         (folder / "encoder.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -335,6 +339,7 @@ class UserEncoder(nn.Module):
             features=description["features"],
             lora=lora,
             answer_mask=description["answer_mask"],
+            template=Template(**description["template"]) if description["template"] else None,
         )
         encoder.load_trained_state(load_file(folder / "encoder.safetensors"))
         return encoder.eval()

@@ -176,7 +176,10 @@ class Training(Section):
     lr_warm_share: float = _field(0.1, "share of steps with linearly rising learning rate", ge=0.0, lt=1.0)
     weight_decay: float = _field(0.01, "AdamW", ge=0.0)
     adam_beta2: float = _field(
-        0.95, "AdamW's second-moment decay; 0.95 forgets the large first gradients in some 20 steps", gt=0.0, lt=1.0
+        0.95,
+        "AdamW's second-moment decay; the large first gradients are forgotten in 20 steps",
+        gt=0.0,
+        lt=1.0,
     )
     max_grad_norm: float = _field(1.0, "gradient clipping", gt=0.0)
     checkpoint_every: int = _field(20, "steps between checkpoints", "steps", ge=1)
@@ -369,9 +372,9 @@ def describe(section: Section, indent: str = "") -> list[str]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m ggsm_core.params FILE")
     try:
         print("\n".join(describe(load(sys.argv[1]))))
-    except (ProfileError, IndexError) as problem:
-        raise SystemExit(
-            str(problem) if isinstance(problem, ProfileError) else "usage: python -m ggsm_core.params FILE"
-        )
+    except ProfileError as problem:
+        sys.exit(str(problem))

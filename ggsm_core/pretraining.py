@@ -57,7 +57,7 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
         for step in range(settings.steps):
             places = np.arange(step * settings.batch_size, (step + 1) * settings.batch_size) % len(documents)
             batch = collate([documents[place] for place in places], tokenizer.pad_token_id)
-            # Nothing is predicted after <EOS>: always the same target would make the state read there a constant.
+            # Nothing is predicted after <EOS>: one same target would make the state read there a constant.
             targets = batch.input_ids.masked_fill(~batch.valid, -100)
             loss = model(input_ids=batch.input_ids, attention_mask=batch.valid, labels=targets).loss
             optimizer.zero_grad()

@@ -66,7 +66,7 @@ class Sequences:
         texts = sorted({record.text for row in rows for record in row.records})
         index = {text: i for i, text in enumerate(texts)}
         records = [record for row in rows for record in row.records]
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "input_ids": np.concatenate([row.input_ids for row in rows]).astype(np.int32),
             "segments": np.concatenate([row.segments for row in rows]).astype(np.int8),
             "token_start": np.cumsum([0, *(len(row.input_ids) for row in rows)]).astype(np.int64),

@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 from ggsm_core import checkpoints, guidance, masks, recipes
 from ggsm_core.loss import Negatives, info_nce_rows
 from ggsm_core.model import Output, UserEncoder, load_decoder
-from ggsm_core.template import Batch, collate
+from ggsm_core.template import SEGMENTS, Batch, collate
 from ggsm_core.tokens import Progress, Sequences
 
 
@@ -134,6 +134,7 @@ def build_encoder(params: Any, inputs: dict[str, Path]) -> UserEncoder:
         features=feature_size(inputs["texts"]) if adapter else None,
         lora=params.lora,
         answer_mask=params.training.answer_mask,
+        template=params.template,
     )
 
 
@@ -172,7 +173,7 @@ class Trainer:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         if params.training.batch_size % world:
             raise TrainingError(
-                f"training.batch_size: {params.training.batch_size} can't be shared evenly by {world} processes"
+                f"training.batch_size: {world} processes can't share {params.training.batch_size} evenly"
             )
         share = params.training.batch_size // world
         self.own = slice(rank * share, (rank + 1) * share)
@@ -200,11 +201,9 @@ class Trainer:
         pairs = self._batch(step)
         weights, diagnosis = self._guide(pairs, step)
         recipe = self.encoder.recipe
-        keeps_norms = isinstance(recipe, recipes.Guided) and recipe.wants_norms(step)
-        user, answer = self.towers(
-            pairs, step, weights, recipe.options.grad_site if keeps_norms else None, False
-        )
-        if keeps_norms:
+        learner = recipe if isinstance(recipe, recipes.Guided) and recipe.wants_norms(step) else None
+        user, answer = self.towers(pairs, step, weights, learner and learner.options.grad_site, False)
+        if learner:
             user.site.retain_grad()
         loss, negatives, similarity = self._loss(user.embedding, answer.embedding, pairs, step)
         if not math.isfinite(float(loss.detach())):
@@ -212,10 +211,10 @@ class Trainer:
         self.optimizer.zero_grad()
         # DDP averages over processes; every process holds the whole loss with gradient for its own rows only.
         self.accelerator.backward(loss * self.accelerator.num_processes)
-        if keeps_norms:
+        if learner:
             norms = guidance.norms_of(user.site.grad) / self.accelerator.num_processes
-            recipe.remember(*self._everyones(norms, pairs.user.valid))
-            self._freeze(recipe.weigh(norms, pairs.user.valid, step), pairs, step)
+            learner.remember(*self._everyones(norms, pairs.user.valid))
+            self._freeze(learner, learner.weigh(norms, pairs.user.valid, step), pairs, step)
         norm = self.accelerator.clip_grad_norm_(self.encoder.parameters(), self.params.training.max_grad_norm)
         rate = self._learning_rate(step)
         for group in self.optimizer.param_groups:
@@ -285,7 +284,11 @@ class Trainer:
 
     def _everyones(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Gather Float/Bool/Long[b, L] over processes, padded to one length on the right."""
-        padded = [self.accelerator.pad_across_processes(t.contiguous(), dim=1, pad_index=0) for t in tensors]
+        # accelerate makes int64 of a bool that it pads, and pads on the process with the shorter batch alone.
+        padded = [
+            self.accelerator.pad_across_processes(t.contiguous(), dim=1, pad_index=0).to(t.dtype)
+            for t in tensors
+        ]
         return tuple(self.accelerator.gather(t) for t in padded)
 
     def _learning_rate(self, step: int) -> float:
@@ -311,7 +314,7 @@ class Trainer:
         else:
             weights = recipe.recall(valid, segments, step)
         if norms is not None:
-            self._freeze(weights, pairs, step)
+            self._freeze(recipe, weights, pairs, step)
         everyones, all_valid, all_segments = self._everyones(weights, valid, segments)
         seen = guidance.diagnose(weights if norms is None else norms, weights, valid)
         length = int(all_valid.sum(1).max())
@@ -321,13 +324,12 @@ class Trainer:
             "guidance_silent": seen.silent_share if norms is not None else None,
             "weights_by_position": _rounded(guidance.by_position(everyones, all_valid, length)),
             "weights_by_segment": _rounded(
-                guidance.by_segment(everyones, all_valid, all_segments, len(recipes.SEGMENTS))
+                guidance.by_segment(everyones, all_valid, all_segments, len(SEGMENTS))
             ),
         }
 
-    def _freeze(self, weights: Tensor, pairs: PairBatch, step: int) -> None:
+    def _freeze(self, recipe: recipes.Guided, weights: Tensor, pairs: PairBatch, step: int) -> None:
         """At t = T_warm - 1 keep the weights Float[b, L] of L_warm, from all processes."""
-        recipe = self.encoder.recipe
         if step != recipe.options.warm_steps - 1:
             return
         recipe.freeze(*self._everyones(weights, pairs.user.valid, pairs.user.segments))

@@ -34,6 +34,14 @@ SCHEMA = pl.Schema(
         "simulated": pl.Boolean(),
     }
 )
+RULES = {
+    "user: null": pl.col("user").is_null(),
+    "text: null or empty": pl.col("text").is_null() | (pl.col("text").str.strip_chars() == ""),
+    "time: null away from tabular": pl.col("time").is_null() & (pl.col("modality") != "tabular"),
+    "simulated: null": pl.col("simulated").is_null(),
+    "amount: not finite": ~pl.col("amount").is_finite(),
+}
+"""What no row may be, by the name that errors give it."""
 DAY = (pl.col("time").dt.date() - EPOCH).dt.total_days().cast(pl.Int32)
 
 
@@ -76,14 +84,7 @@ def validate(events: pl.DataFrame) -> pl.DataFrame:
         events = events.select(pl.col(name).cast(kind) for name, kind in SCHEMA.items())
     except pl.exceptions.PolarsError as error:
         raise EventError(f"events: {error}") from None
-    rules = {
-        "user: null": pl.col("user").is_null(),
-        "text: null or empty": pl.col("text").is_null() | (pl.col("text").str.strip_chars() == ""),
-        "time: null away from tabular": pl.col("time").is_null() & (pl.col("modality") != "tabular"),
-        "simulated: null": pl.col("simulated").is_null(),
-        "amount: not finite": ~pl.col("amount").is_finite(),
-    }
-    for rule, broken in rules.items():
+    for rule, broken in RULES.items():
         if bad := events.filter(broken.fill_null(False)).head(1).rows(named=True):
             raise EventError(f"{rule}, for example in {bad[0]}")
     return events.sort("user", "time", "modality", "text", "item", "amount")
