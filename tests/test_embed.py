@@ -1,0 +1,195 @@
+"""Embedding an event log: one row a user, the same however it is cut up, resumable, bad rows named."""
+
+from __future__ import annotations
+
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import tiny
+
+from ggsm_core import embed, model, params, template
+from ggsm_core.data import windows
+from ggsm_core.data.events import EPOCH, SCHEMA, EventError, validate
+
+TEXTS = tiny.WORDS.split(", ")
+
+
+def log(users: int, seed: int = 0) -> pl.DataFrame:
+    """Some events of each user over 200 days; user 3 has none in the last 90."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        {
+            "user": f"u{user:05d}",
+            "time": datetime(2017, 1, 2, tzinfo=UTC)
+            + timedelta(days=int(rng.integers(0, 40 if user == 3 else 200))),
+            "modality": str(rng.choice(["bill", "app", "spm"])),
+            "text": str(rng.choice(TEXTS)),
+            "amount": float(rng.normal(5, 2)),
+            "item": None,
+            "simulated": False,
+        }
+        for user in range(users)
+        for _ in range(int(rng.integers(1, 9)))
+    ]
+    rows.append(rows[0] | {"time": datetime(2017, 7, 25, tzinfo=UTC)})
+    shuffled = pl.DataFrame(rows, schema_overrides={"item": pl.String}).sample(
+        fraction=1, shuffle=True, seed=seed
+    )
+    return shuffled.with_columns(pl.col("time").cast(pl.Datetime("us", "UTC")))
+
+
+def encoder(**more: Any) -> model.UserEncoder:
+    """With adapters and a template of its own."""
+    built = tiny.encoder("ggsm", **({"features": tiny.FEATURES, "layers": 2} | more))
+    built.template = params.Template(bill=3, app=2, max_user_tokens=tiny.LONGEST)
+    return built
+
+
+def vectors(texts: list[str]) -> np.ndarray:
+    """Float[n, F], in place of MiniLM."""
+    return np.stack([tiny.feature_of(text) for text in texts])
+
+
+def run(folder: Path, events: pl.DataFrame, name: str = "out", **more: Any) -> pl.DataFrame:
+    """What `embed` writes."""
+    folder.mkdir(exist_ok=True)
+    events.write_parquet(folder / "events.parquet")
+    given = {"texts": vectors, "part_size": 7} | more
+    embed.embed(given.pop("encoder", None) or encoder(), folder / "events.parquet", folder / name, **given)
+    return pl.read_parquet(folder / name)
+
+
+def test_each_user_has_the_embedding_of_its_own_history(tmp_path: Path) -> None:
+    """Against windows, template and encoder, one user at a time."""
+    events, used = log(20), encoder()
+    out = run(tmp_path, events)
+    assert out["user"].to_list() == [f"u{i:05d}" for i in range(20)]
+    whole = validate(events.with_columns(item=pl.lit(None, pl.String)))
+    day = (date(2017, 7, 26) - EPOCH).days if whole["time"].max().hour >= 20 else None  # type: ignore[union-attr]
+    anchor = int((whole["time"].dt.date().max() - EPOCH).days) + 1  # type: ignore[operator]
+    assert day is None or anchor <= day
+    for row in out.rows(named=True):
+        found = pl.DataFrame({"sample": [0], "user": [row["user"]], "anchor": [anchor]}).cast(
+            {"anchor": pl.Int32}
+        )
+        made = list(windows.users(windows.history(whole, found, 90), used.template))
+        if not made:
+            assert row["records"] == 0 and row["embedding"] is None
+            continue
+        encoded = template.encode_user(made[0][1], used.tokenizer, max_tokens=tiny.LONGEST)
+        batch = template.collate([encoded], tiny.pad_id(), tiny.feature_of)
+        assert row["records"] == len(encoded.records) > 0
+        np.testing.assert_allclose(row["embedding"], used.embed(batch)[0].numpy(), atol=1e-5)
+    assert out.filter(pl.col("records") == 0)["user"].to_list() == ["u00003"]
+
+
+def test_parts_do_not_matter(tmp_path: Path) -> None:
+    events = log(20)
+    first = run(tmp_path / "a", events, part_size=3)
+    second = run(tmp_path / "b", events.sort("user"), part_size=1000)
+    assert first.drop("embedding").equals(second.drop("embedding"))
+    both = [np.array([e for e in t["embedding"].to_list() if e is not None]) for t in (first, second)]
+    np.testing.assert_allclose(*both, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_type_is_the_one_asked_for(tmp_path: Path, dtype: Any) -> None:
+    out = run(tmp_path, log(5), dtype=dtype)
+    kind = pl.Float16 if dtype == "float16" else pl.Float32
+    assert out.schema["embedding"] == pl.Array(kind, tiny.HIDDEN)
+
+
+def test_text_input_needs_no_text_encoder(tmp_path: Path) -> None:
+    used = encoder(features=None)
+    used.template = params.Template(modality_input="text", bill=1, app=1, spm=0, max_user_tokens=tiny.LONGEST)
+    out = run(tmp_path, log(5), encoder=used, texts=None)
+    assert out.filter(pl.col("embedding").is_not_null()).height == 4
+
+
+class Cut(Exception):
+    """A machine that went away."""
+
+
+def test_an_interrupted_call_goes_on_from_its_parts(tmp_path: Path) -> None:
+    """The finished parts are not embedded again, and the result is the undisturbed one."""
+    events = log(20)
+    expected = run(tmp_path / "whole", events)
+
+    def stop(done: float, total: float, message: str) -> None:
+        if done >= 14:
+            raise Cut
+
+    with pytest.raises(Cut):
+        run(tmp_path / "cut", events, progress=stop)
+    assert not (tmp_path / "cut" / "out").exists()
+    calls: list[int] = []
+    used = encoder()
+    honest = used.embed
+    used.embed = lambda batch, *a: calls.append(len(batch.input_ids)) or honest(batch, *a)  # type: ignore[method-assign,func-returns-value]
+    out = run(tmp_path / "cut", events, encoder=used)
+    assert out.equals(expected) and sum(calls) == 6
+    assert not list((tmp_path / "cut").glob("*.parts"))
+
+
+def test_parts_of_another_call_are_not_mixed_in(tmp_path: Path) -> None:
+    def stop(done: float, total: float, message: str) -> None:
+        raise Cut
+
+    with pytest.raises(Cut):
+        run(tmp_path, log(20), progress=stop)
+    for more in ({"history_days": 30}, {"dtype": "float16"}, {"encoder": encoder(layers=1)}):
+        with pytest.raises(embed.EmbedError, match="another model, log or setting"):
+            run(tmp_path, log(20), **more)
+    with pytest.raises(embed.EmbedError, match="another"):
+        run(tmp_path, log(21))
+
+
+def test_bad_rows_are_named_by_line_and_field(tmp_path: Path) -> None:
+    events = log(10).with_row_index("i")
+    at = pl.col("i")
+    events = events.with_columns(
+        amount=pl.when(at == 4).then(float("nan")).otherwise("amount"),
+        text=pl.when(at == 6).then(pl.lit(" ")).otherwise("text"),
+        modality=pl.when(at == 8).then(pl.lit("shop")).otherwise("modality"),
+        time=pl.when(at.is_in([6, 9])).then(None).otherwise("time"),
+    ).drop("i")
+    with pytest.raises(EventError) as error:
+        run(tmp_path, events)
+    lines = str(error.value).splitlines()[1:]
+    assert lines[0] == "line 5: amount: not finite"
+    assert lines[1] == "line 7: text: null or empty, time: null away from tabular"
+    assert lines[2].startswith("line 9: modality: not Enum")
+    assert lines[3] == "line 10: time: null away from tabular"
+    assert not (tmp_path / "out").exists()
+    many = log(10).with_columns(user=pl.lit(None, pl.String))
+    with pytest.raises(EventError, match="and more"):
+        run(tmp_path, many)
+
+
+@pytest.mark.parametrize("column", SCHEMA)
+def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
+    with pytest.raises(EventError, match=column):
+        run(tmp_path, log(3).drop(column))
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    used = encoder(features=None)
+    used.template = params.Template(modality_input="text", bill=1, app=1, spm=0, max_user_tokens=tiny.LONGEST)
+    used.save(tmp_path / "model")
+    log(5).write_parquet(tmp_path / "events.parquet")
+    arguments = [
+        f"--{k}={tmp_path / v}" for k, v in (("model", "model"), ("events", "events.parquet"), ("out", "o"))
+    ]
+    assert embed.main(arguments) == 0
+    assert "5 of 5 users embedded" in capsys.readouterr().out
+    assert pl.read_parquet(tmp_path / "o").height == 5
+    log(5).drop("text").write_parquet(tmp_path / "events.parquet")
+    assert embed.main(arguments) == 1
+    assert "text" in capsys.readouterr().err
+    used.template = None
+    with pytest.raises(embed.EmbedError, match="template"):
+        embed.embed(used, tmp_path / "events.parquet", tmp_path / "p")
