@@ -1,0 +1,129 @@
+"""The notebooks' sources keep the rules of the book; executing them is the pipeline's work."""
+
+from __future__ import annotations
+
+import ast
+import pkgutil
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+import ggsm_core
+from ggsm_core import figures, notebooks
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+PATHS = sorted(FOLDER.glob("*.ipynb"))
+MOST_CELLS, MOST_LINES, LINE = 26, 15, 120
+DRAWN = {"bars", "curves", "forest", "grid", "histogram", "masks", "negatives", "per_token", "timeline"}
+
+
+@pytest.fixture(params=PATHS, ids=lambda path: path.stem)
+def notebook(request: pytest.FixtureRequest) -> Any:
+    return nbformat.read(request.param, as_version=4) | {"path": request.param}
+
+
+def code(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook["cells"] if cell.cell_type == "code"]
+
+
+def prose(notebook: Any) -> str:
+    return "\n\n".join(cell.source for cell in notebook["cells"] if cell.cell_type == "markdown")
+
+
+def called_figures(source: str) -> list[str]:
+    """Functions of ``figures`` that a cell calls."""
+    return [
+        node.func.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "figures"
+        and node.func.attr in DRAWN
+    ]
+
+
+def test_there_are_notebooks_and_the_pipeline_takes_them() -> None:
+    assert [one.path for one in notebooks.discover(FOLDER)] == PATHS
+    assert len(PATHS) >= 9
+    assert all(callable(getattr(figures, name)) for name in DRAWN)
+
+
+def test_nothing_executed_is_committed(notebook: Any) -> None:
+    for cell in code(notebook):
+        assert cell.outputs == [] and cell.execution_count is None
+    nbformat.validate(nbformat.from_dict({k: v for k, v in notebook.items() if k != "path"}))
+
+
+def test_cell_ids_are_stable(notebook: Any) -> None:
+    stem = notebook["path"].stem.replace("_", "-")
+    ids = [cell.id for cell in notebook["cells"]]
+    assert len(set(ids)) == len(ids)
+    assert all(re.fullmatch(rf"{stem}-[\w-]+", one) for one in ids)
+
+
+def test_it_is_short(notebook: Any) -> None:
+    assert len(notebook["cells"]) <= MOST_CELLS
+    for cell in code(notebook):
+        lines = cell.source.splitlines()
+        assert len(lines) <= MOST_LINES, lines[0]
+        assert max(map(len, lines)) <= LINE, max(lines, key=len)
+
+
+def test_it_opens_with_its_question(notebook: Any) -> None:
+    first = notebook["cells"][0]
+    assert first.cell_type == "markdown"
+    assert re.match(r"# \S", first.source)
+    assert re.search(r"^\*\*Question\.\*\* .+\?", first.source, re.M)
+    assert re.search(r"\*\*You need\*\*", first.source)
+    assert re.search(r"\*\*Time\*\* \d+ minutes", first.source)
+    assert len(re.findall(r"^# ", prose(notebook), re.M)) == 1
+
+
+def test_it_ends_with_what_was_learned_and_exercises(notebook: Any) -> None:
+    text = prose(notebook)
+    learned, exercises = text.index("## What we learned"), text.index("## Exercises")
+    assert learned < exercises
+    assert len(re.findall(r"^\d+\. \S", text[exercises:], re.M)) >= 3
+    after = next(
+        i for i, cell in enumerate(notebook["cells"]) if cell.source.startswith("## What we learned")
+    )
+    said = [cell for cell in notebook["cells"][after:] if cell.cell_type == "code"]
+    assert "Markdown(f" in said[-1].source and "{" in said[-1].source, "the take-away is made from numbers"
+
+
+def test_the_profile_is_its_only_parameter(notebook: Any) -> None:
+    tagged = [cell for cell in notebook["cells"] if "parameters" in cell.metadata.get("tags", [])]
+    assert [cell.source for cell in tagged] == ['profile = "params/quick.yaml"']
+
+
+def test_it_defines_nothing_that_the_library_has(notebook: Any) -> None:
+    known = {module.name for module in pkgutil.iter_modules(ggsm_core.__path__)}
+    for cell in code(notebook):
+        tree = ast.parse(cell.source)  # plain Python: no magics, no shell
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                assert node.name not in known
+
+
+def test_every_picture_has_words(notebook: Any) -> None:
+    alts = []
+    for cell in code(notebook):
+        drawn = called_figures(cell.source)
+        alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+        if drawn:
+            assert len(alt) >= 40, f"{notebook['path'].name}: {drawn} needs alternative text"
+            alts.append(alt)
+        else:
+            assert not alt, f"{notebook['path'].name}: alternative text without a picture: {alt}"
+    assert len(set(alts)) == len(alts)
+    assert alts
+
+
+def test_no_path_of_a_machine(notebook: Any) -> None:
+    for cell in notebook["cells"]:
+        assert not re.search(r"(?<![\w.:/<])/(?:home|root|Users|tmp|work|usr)/", cell.source)
