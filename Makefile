@@ -4,10 +4,10 @@ PYTHON ?= python3
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install book results test lint params bench lab clean
+.PHONY: help install book results test test-slow lint params bench lab clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 	@echo "  PROFILE=quick (the default) names a file in params/: $(basename $(notdir $(wildcard params/*.yaml)))"
 
 install:  ## .venv from requirements.lock, if anything changed
@@ -20,7 +20,10 @@ results: install  ## the same up to results/PROFILE/, without notebooks and book
 	@$(PY) -m ggsm_core.pipeline --profile params/$(PROFILE).yaml --target results
 
 test: install  ## the tests
-	@$(PY) -m pytest -q
+	@$(PY) -m pytest -q -m "not slow"
+
+test-slow: install  ## the tests that take long: killed processes, real servers, many ranks
+	@$(PY) -m pytest -q -m slow
 
 lint: install  ## ruff and mypy
 	@$(PY) -m ruff check .
