@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import yaml
 
 from ggsm_core import provenance
@@ -23,6 +24,8 @@ SECONDS = 45.0
 TOOLS = ("jupyter-book", "sphinx", "myst-nb", "myst-parser", "sphinx-book-theme", "sphinx-mathjax-offline")
 SHARED = ("libraries", "params", "data", "profile", "label")  # told once, not with each run
 TABLES = ("auc.csv", "differences.csv")
+PICTURE = "_static/result.png"
+"""The comparison at a glance. The copy in ``book/`` is the README's; a book shows its own results."""
 
 
 class BookError(ValueError):
@@ -96,10 +99,14 @@ def check_configuration(prose: Path) -> None:
 
 def assemble(prose: Path, executed: list[Path], results: Path, folder: Path) -> None:
     """Fill ``folder`` from scratch: Sphinx repeats no warning for a page that it has rendered before."""
+    from ggsm_core import figures  # slow to import, and a book that is whole needs none
+
     if folder.exists():
         shutil.rmtree(folder)
     shutil.copytree(prose, folder, ignore=shutil.ignore_patterns("_build"))
     shutil.copytree(results, folder / "results")
+    (folder / PICTURE).parent.mkdir(exist_ok=True)
+    figures.result(pl.read_csv(results / "auc.csv")).savefig(folder / PICTURE, dpi=150)
     (folder / "notebooks").mkdir(exist_ok=True)
     for path in executed:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -252,7 +252,7 @@ def project(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Toy:
         "title: Toy\nauthor: nobody\nexecute:\n  execute_notebooks: 'off'\nonly_build_toc_files: true\n"
     )
     (book / "_toc.yml").write_text("format: jb-book\nroot: intro\nchapters:\n- file: notebooks/01_first\n")
-    (book / "intro.md").write_text("# Toy\n\nA page.\n")
+    (book / "intro.md").write_text("# Toy\n\n![AUC of all rows](_static/result.png)\n")
     return toy
 
 
@@ -270,7 +270,8 @@ def test_the_book_is_made_once_and_again_only_where_something_changed(project: T
     assert "injected" not in page and ".keys" not in page
     told = json.loads((project.folder / "results" / "toy" / "provenance.json").read_text())
     assert len(told["runs"]) == 7 and told["data"] and told["params"] and told["machine"]["cores"]
-    assert (project.folder / "results" / "toy" / "auc.csv").read_text().count("\n") == 3
+    assert (project.folder / "results" / "toy" / "auc.csv").read_text().count("\n") == 4
+    assert (pages / "_images" / "result.png").stat().st_size > 1000  # the page shows this build's own results
 
     before = {
         path: path.stat().st_mtime_ns for path in (project.folder / "results").rglob("*") if path.is_file()

@@ -24,7 +24,8 @@ from ggsm_core.worker import Declared, Undeclared
 
 def test_all_is_computed_once(toy: Toy) -> None:
     found = toy.compute(toy.plan())
-    assert (found[-1].folder / "auc.csv").read_text().splitlines()[-1] == "oracle,0,untrained"
+    last = (found[-1].folder / "auc.csv").read_text().splitlines()[-1]
+    assert last == "oracle,0,mean,0.7,0.6,0.8,untrained"
     assert (found[-1].folder / "differences.csv").read_text() == "probe:causal:0,probe:ggsm:0,probe:oracle:0"
     started = [run.provenance["started"] for run in found]
     toy.lines.clear()

@@ -42,12 +42,12 @@ def run(params, inputs, out, progress):
     "probe.py": """
 def run(params, inputs, out, progress):
     text = (inputs["contrast"] / "weights.txt").read_text() if "contrast" in inputs else "untrained"
-    (out / "auc.csv").write_text(f"{params.recipe},{params.seed},{text}\\n")
+    (out / "auc.csv").write_text(f"{params.recipe},{params.seed},mean,0.7,0.6,0.8,{text}\\n")
 """,
     "compare.py": """
 def run(params, inputs, out, progress):
     rows = [(folder / "auc.csv").read_text() for name, folder in sorted(inputs.items())]
-    (out / "auc.csv").write_text("".join(rows))
+    (out / "auc.csv").write_text("recipe,seed,task,auc,ci_low,ci_high,note\\n" + "".join(rows))
     (out / "differences.csv").write_text(",".join(sorted(inputs)))
 """,
     "graph.py": """
