@@ -32,8 +32,9 @@ lint: install  ## ruff and mypy
 params: install  ## the profile, merged, with each field's meaning and unit
 	@$(PY) -m ggsm_core.params params/$(PROFILE).yaml
 
-bench: install  ## the timings that the README promises
-	@for script in benchmarks/*.py; do echo "$$script"; $(PY) $$script || exit 1; done
+bench: install  ## what the project promises of speed and memory, into results/bench/
+	@for script in $(filter-out benchmarks/report.py,$(wildcard benchmarks/*.py)); do \
+	  echo "$$script"; $(PY) $$script || exit 1; done
 
 lab: install  ## JupyterLab in notebooks/
 	@$(PY) -m jupyter lab --notebook-dir=.

@@ -35,13 +35,18 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
 def embed_all(
     encoder: UserEncoder, users: Sequences, feature_of: Any, progress: Progress, batch_size: int = 256
 ) -> np.ndarray:
-    """Float32[n, d], in the order of ``users``. Rows of like length share a batch, to pad little."""
-    order = np.argsort(users.lengths(), kind="stable")
+    """Float32[n, d], in the order of ``users``."""
     result = np.empty((len(users), encoder.hidden_size), np.float32)
-    device = next(encoder.parameters()).device
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    device, done = next(encoder.parameters()).device, 0
+    for rows in batches_by_length(users.lengths(), batch_size):
         batch = collate([users[i] for i in rows], encoder.ids["<pad>"], feature_of)
         result[rows] = encoder.embed(batch.to(device)).float().cpu().numpy()
-        progress(start + len(rows), len(order), "users embedded")
+        done += len(rows)
+        progress(done, len(users), "users embedded")
     return result
+
+
+def batches_by_length(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Row numbers in batches whose rows are of like length Int64[n], to pad little."""
+    order = np.argsort(lengths, kind="stable")
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

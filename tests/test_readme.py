@@ -1,0 +1,43 @@
+"""What the README prints is run as it is printed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_ten_lines_embed_and_probe(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code = (
+        code.replace('Path("users.parquet")', "OUT")
+        .replace('"users.parquet"', "OUT")
+        .replace("quick", "smoke")
+    )
+    code = f"from pathlib import Path\nOUT = Path({str(tmp_path / 'users.parquet')!r})\n{code}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"GGSM_WORKERS": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"AUC ([\d.]+) \[([\d.]+), ([\d.]+)\], n = (\d+)", done.stdout)
+    assert found, done.stdout
+    auc, low, high, n = map(float, found.groups())
+    assert 0.5 < low < auc < high < 1 and n > 100
+
+
+def test_every_make_target_named_is_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    named = set(re.findall(r"make ([a-z][a-z-]*)", README))
+    assert len(named) > 5 and named <= targets
