@@ -20,7 +20,7 @@ results: install  ## the same up to results/PROFILE/, without notebooks and book
 	@$(PY) -m ggsm_core.pipeline --profile params/$(PROFILE).yaml --target results
 
 test: install  ## the tests
-	@$(PY) -m pytest -q -m "not slow"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 test-slow: install  ## the tests that take long: killed processes, real servers, many ranks
 	@$(PY) -m pytest -q -m slow

