@@ -4,7 +4,7 @@
 
 The log has the columns of ``data.events.SCHEMA``; sorted by user it is read fastest. Memory holds one part of
 the users, however many there are. OUT has the columns user, records (shown to the encoder) and embedding; a
-user without any record in the window has records 0 and no embedding.
+user without any record in the window, or of whom none fits into the template, has records 0 and no embedding.
 """
 
 from __future__ import annotations

@@ -19,13 +19,13 @@ TEXTS = tiny.WORDS.split(", ")
 
 
 def log(users: int, seed: int = 0) -> pl.DataFrame:
-    """Some events of each user over 200 days; user 3 has none in the last 90."""
+    """Some events of each user over 200 days; user 3 alone has none in the last 90."""
     rng = np.random.default_rng(seed)
     rows = [
         {
             "user": f"u{user:05d}",
             "time": datetime(2017, 1, 2, tzinfo=UTC)
-            + timedelta(days=int(rng.integers(0, 40 if user == 3 else 200))),
+            + timedelta(days=int(rng.integers(0, 40) if user == 3 else rng.integers(0 if n else 150, 200))),
             "modality": str(rng.choice(["bill", "app", "spm"])),
             "text": str(rng.choice(TEXTS)),
             "amount": float(rng.normal(5, 2)),
@@ -33,7 +33,7 @@ def log(users: int, seed: int = 0) -> pl.DataFrame:
             "simulated": False,
         }
         for user in range(users)
-        for _ in range(int(rng.integers(1, 9)))
+        for n in range(int(rng.integers(1, 9)))
     ]
     rows.append(rows[0] | {"time": datetime(2017, 7, 25, tzinfo=UTC)})
     shuffled = pl.DataFrame(rows, schema_overrides={"item": pl.String}).sample(
@@ -69,9 +69,7 @@ def test_each_user_has_the_embedding_of_its_own_history(tmp_path: Path) -> None:
     out = run(tmp_path, events)
     assert out["user"].to_list() == [f"u{i:05d}" for i in range(20)]
     whole = validate(events.with_columns(item=pl.lit(None, pl.String)))
-    day = (date(2017, 7, 26) - EPOCH).days if whole["time"].max().hour >= 20 else None  # type: ignore[union-attr]
     anchor = int((whole["time"].dt.date().max() - EPOCH).days) + 1  # type: ignore[operator]
-    assert day is None or anchor <= day
     for row in out.rows(named=True):
         found = pl.DataFrame({"sample": [0], "user": [row["user"]], "anchor": [anchor]}).cast(
             {"anchor": pl.Int32}
@@ -105,9 +103,10 @@ def test_the_type_is_the_one_asked_for(tmp_path: Path, dtype: Any) -> None:
 
 def test_text_input_needs_no_text_encoder(tmp_path: Path) -> None:
     used = encoder(features=None)
-    used.template = params.Template(modality_input="text", bill=1, app=1, spm=0, max_user_tokens=tiny.LONGEST)
-    out = run(tmp_path, log(5), encoder=used, texts=None)
-    assert out.filter(pl.col("embedding").is_not_null()).height == 4
+    used.template = params.Template(modality_input="text", bill=1, app=1, spm=1, max_user_tokens=tiny.LONGEST)
+    short = log(5).with_columns(text=pl.lit("tea"))  # a byte is a token here, and 64 are all there are
+    out = run(tmp_path, short, encoder=used, texts=None)
+    assert out.filter(pl.col("embedding").is_null())["user"].to_list() == ["u00003"]
 
 
 class Cut(Exception):
@@ -178,7 +177,7 @@ def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     used = encoder(features=None)
-    used.template = params.Template(modality_input="text", bill=1, app=1, spm=0, max_user_tokens=tiny.LONGEST)
+    used.template = params.Template(modality_input="text", bill=1, app=1, spm=1, max_user_tokens=tiny.LONGEST)
     used.save(tmp_path / "model")
     log(5).write_parquet(tmp_path / "events.parquet")
     arguments = [

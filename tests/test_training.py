@@ -377,6 +377,7 @@ def test_the_margin_acts_from_its_step(corpus: dict[str, Path]) -> None:
 # Real weights -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_smollm2_learns_with_lora(smollm2_folder: Path, tmp_path: Path) -> None:
     """The profile's own LoRA on real weights: a few steps on the text of the template, saved and merged."""
     profile = params.load(Path(__file__).parent.parent / "params" / "smollm2.yaml")
@@ -401,4 +402,5 @@ def test_smollm2_learns_with_lora(smollm2_folder: Path, tmp_path: Path) -> None:
     batch = of._batch(0).user
     embedded = of.encoder.embed(batch)
     assert torch.equal(loaded.embed(batch), embedded)
-    torch.testing.assert_close(loaded.merged().embed(batch), embedded, rtol=0, atol=1e-5)
+    # (W + BA) x and W x + B (A x) round apart, over 30 layers by up to 4e-5.
+    torch.testing.assert_close(loaded.merged().embed(batch), embedded, rtol=0, atol=1e-4)
