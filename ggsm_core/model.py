@@ -271,7 +271,8 @@ class UserEncoder(nn.Module):
     def merged(self) -> UserEncoder:
         """A copy whose LoRA update lies in the decoder's own weights, added in fp32.
 
-        Embeddings are equal to 1e-4 in every coordinate (rounding, over SmolLM2's 30 layers); what it saves needs no ``base``. Raises ``EncoderError`` without LoRA.
+        Rounding moves a coordinate of an embedding by at most 1e-4 (SmolLM2, 30 layers). What it saves needs
+        no ``base``. Raises ``EncoderError`` without LoRA.
         """
         if self.lora is None:
             raise EncoderError("lora: this encoder has none, so there is nothing to merge")

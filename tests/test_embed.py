@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,8 @@ def test_the_type_is_the_one_asked_for(tmp_path: Path, dtype: Any) -> None:
 def test_text_input_needs_no_text_encoder(tmp_path: Path) -> None:
     used = encoder(features=None)
     used.template = params.Template(modality_input="text", bill=1, app=1, spm=1, max_user_tokens=tiny.LONGEST)
-    short = log(5).with_columns(text=pl.lit("tea"))  # a byte is a token here, and 64 are all there are
+    # A byte is a token here, and 64 are all there are.
+    short = log(5).with_columns(text=pl.lit("tea"), modality=pl.lit("app"))
     out = run(tmp_path, short, encoder=used, texts=None)
     assert out.filter(pl.col("embedding").is_null())["user"].to_list() == ["u00003"]
 
