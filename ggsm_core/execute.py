@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -17,11 +18,15 @@ from typing import Any
 import papermill
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
 from ggsm_core import provenance
 from ggsm_core.jobs import explain
 from ggsm_core.notebooks import INJECTED, NotebookError, first_line, unfit
 from ggsm_core.worker import Report, leave_with
+
+SHOWN = 3
+"""Faults of a page that an error tells of."""
 
 
 class _Reporting(NBClientEngine):
@@ -41,7 +46,10 @@ class _Reporting(NBClientEngine):
             return start(cell, cell_index, **more)
 
         nb_man.cell_start = cell_start
-        return super().execute_managed_notebook(nb_man, kernel_name, **options)
+        # Sockets in a folder of our own: with TCP, two kernels that start together may take the same port.
+        with tempfile.TemporaryDirectory(prefix="ggsm-") as folder:
+            config = Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
+            return super().execute_managed_notebook(nb_man, kernel_name, config=config, **options)
 
 
 def execute(request: dict[str, str], report: Report) -> None:
@@ -63,9 +71,11 @@ def execute(request: dict[str, str], report: Report) -> None:
         ) from problem
     content = json.loads(output.read_text(encoding="utf-8"))
     forbidden = (str(Path.cwd()), sys.prefix, str(Path.home()) + os.sep)
-    problems = list(unfit(content, forbidden))
+    problems = list(dict.fromkeys(unfit(content, forbidden)))
     if problems:
-        raise NotebookError(f"{source.name}: " + "; ".join(problems) + f". It is in {_shown(output)}")
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        told_of = "; ".join([*problems[:SHOWN], *more])
+        raise NotebookError(f"{source.name}: {told_of}. It is in {_shown(output)}")
     told = {
         "key": request["key"],
         "sha256": provenance.sha256(output),
