@@ -125,7 +125,7 @@ def differences(points: dict[str, Floats], draws: dict[str, Floats], tasks: list
 
 
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
-    """Stage ``compare``: ``windows`` and rows named ``probe:<recipe>:<seed>`` or ``baseline:<name>``.
+    """Stage ``compare``: ``windows``; rows ``probe:<row>:<seed>``, ``joined:..`` and ``baseline:<row>``.
 
     Writes auc.csv, the rows' own tables and the pseudo-task ``mean``, whose interval resamples the same
     households in all tasks at once; and differences.csv, each row (mean over its seeds) against each of

@@ -485,8 +485,9 @@ def evaluate(
 
 
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
-    """Stage ``probe``: linear probes of run ``embed``'s frozen embeddings on the tasks of run ``windows``."""
-    stored = load_file(inputs["embed"] / "embeddings.safetensors")
+    """Stage ``probe``: linear probes on the tasks of run ``windows``, of the other input's embeddings."""
+    (folder,) = (path for name, path in inputs.items() if name != "windows")
+    stored = load_file(folder / "embeddings.safetensors")
     evaluate(
         stored["embeddings"],
         stored["sample"],

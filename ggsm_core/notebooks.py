@@ -17,14 +17,13 @@ from typing import Any
 
 from ggsm_core import provenance
 from ggsm_core.codehash import code_hash, imports, module_file
-from ggsm_core.params import RECIPE_NAMES, Profile
+from ggsm_core.params import BASELINE_NAMES, RECIPE_NAMES, Profile
 from ggsm_core.runs import READS
 from ggsm_core.scheduler import Job
-from ggsm_core.stages import ORACLE, Node, Plan
+from ggsm_core.stages import Node, Plan
 
 SECONDS = 20.0
 INJECTED = "injected-parameters"  # papermill's tag of the cell that it adds
-BASELINE_NAMES = ("rfm", "handmade", ORACLE)
 PACKAGE = Path(__file__).resolve().parent
 
 

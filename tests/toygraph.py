@@ -58,7 +58,7 @@ def sources(stage, profile):
 STAGES = (
     Stage("windows", "toy.windows", ("data",), threads=2),
     Stage("contrast", "toy.contrast", ("training",), ("windows",), per="recipe", options=True, resumes=True),
-    Stage("probe", "toy.probe", ("evaluation",), ("contrast",), per="recipe", oracle=True),
+    Stage("probe", "toy.probe", ("evaluation",), ("contrast",), per="recipe", baselines=("oracle",)),
     Stage("compare", "toy.compare", (), ("probe",)),
 )
 GRAPH = Graph({stage.name: stage for stage in STAGES}, Path(__file__).parent, sources, "toy.graph:GRAPH")

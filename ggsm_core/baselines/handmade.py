@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import polars as pl
 
-from ggsm_core.baselines.base import ACTS, Baseline, Histories, scatter, total
-from ggsm_core.evaluation import Floats
+from ggsm_core.baselines.base import ACTS, Baseline, Histories, commonest, scatter, total
+
+if TYPE_CHECKING:
+    from ggsm_core.evaluation import Floats
 
 KEPT = {"bill": 48, "minipro": 8, "spm": 12, "app": 8, "search": 8}  # texts that get counts of their own
 GROUPS = 16  # wider groups, named in brackets at the end of a text: "soft drinks (grocery)"
@@ -18,20 +20,13 @@ HOURS = 4  # length of an hour band
 GROUP = pl.col("text").str.extract(r"\(([^()]+)\)$").alias("group")
 
 
-def _commonest(frame: pl.DataFrame, column: str, limit: int) -> list[str]:
-    """The values that most samples have; ties in alphabetical order."""
-    shared = frame.drop_nulls(column).group_by(column).agg(n=pl.col("row").n_unique())
-    return shared.sort(["n", column], descending=[True, False]).head(limit)[column].to_list()
-
-
-class Handmade(Baseline):
+class Handmade(Baseline[Histories, Histories]):
     """Per modality, over a week, a month and the whole history: events, amounts, active days; days since the
     last and the first event, and the variety of texts. Counts and amounts of the commonest texts (categories,
     campaigns, displays, stores) and groups (departments). Hours and weekdays of visits. Facts as 0/1.
     """
 
     name = "handmade"
-    estimator = "boosted"
 
     def fit(self, train: Histories) -> Self:
         """Find the modalities, texts, groups and facts that get features, by how many samples have them."""
@@ -39,11 +34,11 @@ class Handmade(Baseline):
         present = set(timed["modality"].unique())
         self.channels = [name for name in KEPT if name in present]
         self.texts = {
-            m: _commonest(timed.filter(pl.col("modality") == m), "text", KEPT[m]) for m in self.channels
+            m: commonest(timed.filter(pl.col("modality") == m), "text", KEPT[m]) for m in self.channels
         }
         bills = timed.filter(pl.col("modality") == "bill").with_columns(GROUP)
-        self.groups = _commonest(bills, "group", GROUPS)
-        self.facts = _commonest(train.events.filter(pl.col("before").is_null()), "text", FACTS)
+        self.groups = commonest(bills, "group", GROUPS)
+        self.facts = commonest(train.events.filter(pl.col("before").is_null()), "text", FACTS)
         return self
 
     def embed(self, users: Histories) -> Floats:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import polars as pl
 
 from ggsm_core.baselines.base import ACTS, DISCOUNTS, Baseline, Histories, total
-from ggsm_core.evaluation import Floats
+
+if TYPE_CHECKING:
+    from ggsm_core.evaluation import Floats
 
 
-class Rfm(Baseline):
+class Rfm(Baseline[Histories, Histories]):
     """Days since the last and the first visit, active days, and over a week, a month and the whole history:
     visits (distinct times at which the user did something), days with a visit, and spend. As log(1 + x)."""
 
     name = "rfm"
-    estimator = "linear"
 
     def fit(self, train: Histories) -> Self:
         """Nothing to learn."""

@@ -1,0 +1,38 @@
+"""Stage ``baseline``: features made by hand, with the probe that suits them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ggsm_core.baselines.base import Baseline, Histories
+from ggsm_core.baselines.handmade import Handmade
+from ggsm_core.baselines.rfm import Rfm
+from ggsm_core.evaluation import PROBES, Progress, evaluate
+
+SYSTEMS: dict[str, type[Baseline[Histories, Histories]]] = {system.name: system for system in (Rfm, Handmade)}
+PROBE = {"rfm": "linear", "handmade": "boosted"}
+
+
+def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
+    """Fit system ``params.name`` on the train split of run ``windows``, probe the rest.
+
+    Writes auc.csv and scores.parquet as stage ``probe`` does, on the same samples, folds and resamples.
+    """
+    if params.name not in SYSTEMS:
+        raise ValueError(f"name: {params.name!r} is no baseline; allowed: {', '.join(SYSTEMS)}")
+    windows, days = inputs["windows"], params.data.history_days
+    progress(0, 1, f"{params.name}: features")
+    system = SYSTEMS[params.name]().fit(Histories.read(windows, "train", days))
+    users = Histories.read(windows, "probe", days)
+    evaluate(
+        system.embed(users),
+        users.samples,
+        windows,
+        out,
+        recipe=system.name,
+        seed=0,
+        evaluation=params.evaluation,
+        progress=progress,
+        probe=PROBES[PROBE[system.name]],
+    )

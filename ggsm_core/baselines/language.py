@@ -1,0 +1,40 @@
+"""Stage ``language``: the systems of Table 2 that are built around a language model, on our own pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+from transformers import PreTrainedTokenizerFast
+
+from ggsm_core.baselines.answered import Answered, Users
+from ggsm_core.baselines.fitting import Log, learn
+from ggsm_core.baselines.found import Found
+from ggsm_core.baselines.instructue import InstructUe
+from ggsm_core.tokens import Sequences
+from ggsm_core.training import Pairs, features
+
+if TYPE_CHECKING:
+    from ggsm_core.evaluation import Ints, Progress
+
+
+def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
+    """Fit system ``params.recipe`` on the training pairs, embed the probe samples.
+
+    Writes embeddings.safetensors as stage ``embed`` does, system.json and metrics.jsonl.
+    """
+    tokens, feature_of = inputs["tokens"], features(inputs["texts"])
+
+    def probed() -> tuple[Ints, Users]:
+        samples = pl.read_parquet(tokens / "probe.parquet")["sample"].to_numpy()
+        return samples, Users(Sequences.load(tokens, "probe_users"), feature_of)
+
+    if params.recipe == Found.name:
+        log = Log(out, params.peers.epochs, progress)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(inputs["pretrain"])
+        learn(Found(params, tokenizer, log), Answered.read(tokens, feature_of), probed, out)
+    else:
+        log = Log(out, params.training.total_steps, progress)
+        pairs = Pairs(tokens, inputs["texts"], params.training.batch_size, params.seed)
+        learn(InstructUe(params, inputs, log), pairs, probed, out)
