@@ -213,6 +213,30 @@ class UserEncoder(nn.Module):
         finally:
             self.train(was_training)
 
+    def attention_of_read_out(self, batch: Batch) -> Tensor:
+        """Float[B, L]: how much ``<USER>`` attends to each token under the causal mask, as gradient norms are
+        given: of mean 1 over a sequence's tokens; the mean over blocks and heads, which sums to 1, times n.
+        """
+        hidden, valid = self.embed_tokens(batch), batch.valid
+        bias = masks.additive_bias(masks.causal(valid), valid, _compute_dtype(hidden))
+        base = self._base()
+        backend = base.config._attn_implementation
+        base.set_attn_implementation("eager")  # the one that hands its attention over
+        try:
+            states = self.decoder(
+                inputs_embeds=hidden,
+                attention_mask=bias,
+                position_ids=positions(valid),
+                use_cache=False,
+                output_attentions=True,
+            )
+        finally:
+            base.set_attn_implementation(backend)
+        row = torch.arange(len(valid), device=valid.device)
+        read_out = self._read_out(batch, "user")
+        paid = torch.stack([block[row, :, read_out].float().mean(1) for block in states.attentions]).mean(0)
+        return paid * valid.sum(1, keepdim=True)
+
     def _visibility(self, view: recipes.View, causal: bool) -> Tensor:
         if causal or (view.tower == "answer" and self.answer_mask == "causal"):
             return masks.causal(view.valid)

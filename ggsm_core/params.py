@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -215,6 +215,17 @@ class Guidance(Section):
     estimator: Literal["two_pass", "previous_step"] = _field("two_pass", "where the gradient comes from")
     freeze: Literal["position", "tower", "segment"] = _field("position", "what is frozen after warm-up")
     ramp: bool = _field(False, "our extension: weights times beta_t, 0 to 1 over warm-up")
+    source: Literal["gradient", "constant", "random", "shuffled", "position", "attention"] = _field(
+        "gradient", "what the weights are made from; all but gradient are controls, see ggsm_core.ablation"
+    )
+
+    @model_validator(mode="after")
+    def _measured(self) -> Guidance:
+        if self.source == "attention" and self.estimator != "two_pass":
+            raise ValueError(
+                f"source: attention is measured by a probe pass; estimator is {self.estimator!r}"
+            )
+        return self
 
 
 class NoParameters(Section):
@@ -251,6 +262,23 @@ class Recipes(Section):
     def active(self) -> list[str]:
         """Names of the recipes that run, in the order of Table 2."""
         return [name for name in RECIPE_NAMES if getattr(self, name) is not None]
+
+
+class Variant(Section):
+    """A recipe once more as a row of its own, with another option or objective and all else equal."""
+
+    recipe: Literal[
+        "causal",
+        "hybrid_segment",
+        "hybrid_mask",
+        "hybrid_mlp",
+        "hybrid_gq",
+        "bidirectional",
+        "scheduler",
+        "ggsm",
+    ]
+    options: dict[str, Any] = _field({}, "replace those of the recipe's own section")
+    objective: dict[str, Any] = _field({}, "replace those of the profile's objective")
 
 
 class Peers(Section):
@@ -291,6 +319,14 @@ class Evaluation(Section):
     bootstrap: int = _field(1000, "household resamples", "resamples", ge=100)
 
 
+class Row(NamedTuple):
+    """What one row of the table trains with; ``options`` None stands for the recipe's defaults."""
+
+    recipe: str
+    options: Section | None
+    objective: Objective
+
+
 class Profile(Section):
     """Everything a run depends on."""
 
@@ -304,6 +340,7 @@ class Profile(Section):
     objective: Objective = Objective()
     training: Training = Training()
     recipes: Recipes = Recipes()
+    variants: dict[str, Variant] = _field({}, "more rows: name -> recipe, and what differs")
     evaluation: Evaluation = Evaluation()
     seeds: list[int] = _field([0], "one training run per recipe and seed")
     baselines: list[str] = _field(
@@ -314,38 +351,71 @@ class Profile(Section):
     peers: Peers = Peers()
     text_models: TextModels = TextModels()
 
+    @property
+    def trained(self) -> list[str]:
+        """Rows of contrastive training: the recipes that run, then the variants."""
+        return [*self.recipes.active, *self.variants]
+
+    def row(self, name: str) -> Row:
+        """The recipe, options and objective of a row of ``trained``."""
+        variant = self.variants.get(name)
+        if variant is None:
+            return Row(name, getattr(self.recipes, name), self.objective)
+        own = getattr(self.recipes, variant.recipe) or type(self.recipes).model_fields[variant.recipe].default
+        return Row(
+            variant.recipe,
+            type(own).model_validate(own.model_dump() | variant.options),
+            Objective.model_validate(self.objective.model_dump() | variant.objective),
+        )
+
     @model_validator(mode="after")
     def _possible(self) -> Profile:
         total = self.training.total_steps
-        for name in ("hybrid_mask", "ggsm"):
-            guidance: Guidance | None = getattr(self.recipes, name)
-            if guidance is not None and guidance.warm_steps >= total:
+        for name in self.trained:
+            recipe, guidance, objective = self._checked_row(name)
+            where = f"variants.{name}.options" if name in self.variants else f"recipes.{name}"
+            if objective.margin_from > 0 and objective.margin is None:
+                raise ValueError(f"{name}: objective.margin_from needs objective.margin, which is null")
+            if not isinstance(guidance, Guidance):
+                continue
+            if guidance.warm_steps >= total:
                 raise ValueError(
-                    f"recipes.{name}.warm_steps: {guidance.warm_steps} must be below "
-                    f"training.total_steps = {total}"
+                    f"{where}.warm_steps: {guidance.warm_steps} must be below training.total_steps = {total}"
                 )
-            if name == "hybrid_mask" and guidance is not None and guidance.warm_steps < 1:
-                raise ValueError("recipes.hybrid_mask.warm_steps: 0 leaves no weights to freeze; at least 1")
-            site = re.fullmatch(r"layer:(\d+)", guidance.grad_site) if guidance is not None else None
+            if recipe == "hybrid_mask" and guidance.warm_steps < 1:
+                raise ValueError(f"{where}.warm_steps: 0 leaves no weights to freeze; at least 1")
+            site = re.fullmatch(r"layer:(\d+)", guidance.grad_site)
             if site and self.backbone.kind == "scratch" and int(site[1]) >= self.backbone.layers:
                 raise ValueError(
-                    f"recipes.{name}.grad_site: {site[0]!r}, but the decoder has layers "
+                    f"{where}.grad_site: {site[0]!r}, but the decoder has layers "
                     f"0 to {self.backbone.layers - 1}"
                 )
         if unknown := [name for name in self.baselines if name not in BASELINE_NAMES]:
             raise ValueError(f"baselines: {unknown} unknown; allowed: {', '.join(BASELINE_NAMES)}")
-        trained = {*self.recipes.active, *self.baselines}
+        trained = {*self.trained, *self.baselines}
         for name in self.baselines:
             if (row := name.removeprefix(JOINED)) not in trained:
                 raise ValueError(f"baselines: {name!r} needs the row {row!r}, which this profile leaves out")
-        if self.objective.margin_from > 0 and self.objective.margin is None:
-            raise ValueError("objective.margin_from: needs objective.margin, which is null")
         if (self.backbone.kind == "scratch") != (self.pretraining is not None):
             raise ValueError(
                 f"pretraining: goes with backbone.kind: scratch, and kind is {self.backbone.kind!r}; "
                 "set pretraining to null for a pretrained decoder"
             )
         return self
+
+    def _checked_row(self, name: str) -> Row:
+        if name in self.variants and (
+            name in RECIPE_NAMES or name in BASELINE_NAMES or not re.fullmatch(r"[a-z0-9_]+", name)
+        ):
+            raise ValueError(f"variants.{name}: is the name of another row, or not of a-z, 0-9 and _")
+        try:
+            return self.row(name)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            field = ".".join(str(part) for part in problem["loc"])
+            raise ValueError(
+                f"variants.{name}: {field}: {problem['input']!r} refused: {problem['msg']}"
+            ) from None
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -411,7 +481,7 @@ def load(path: str | Path) -> Profile:
 
 def describe(section: Section, indent: str = "") -> list[str]:
     """The merged profile as lines ``field: value  # meaning [unit]``."""
-    lines = []
+    lines, dump = [], section.model_dump(mode="json")
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, Section):
@@ -421,7 +491,7 @@ def describe(section: Section, indent: str = "") -> list[str]:
         extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
         unit = f" [{extra['unit']}]" if extra.get("unit") else ""
         meaning = f"  # {info.description}{unit}" if info.description else ""
-        lines.append(f"{indent}{name}: {json.dumps(value)}{meaning}")
+        lines.append(f"{indent}{name}: {json.dumps(dump[name])}{meaning}")
     return lines
 
 

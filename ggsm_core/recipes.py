@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ggsm_core import guidance, masks
+from ggsm_core import ablation, guidance, masks
 from ggsm_core.params import Guidance, HybridMlp, NoParameters, Scheduler, Section
 from ggsm_core.template import MODALITIES, SEGMENTS
 
@@ -210,6 +210,7 @@ class Guided(Recipe):
     def weigh(self, norms: Tensor, valid: Tensor, step: int) -> Tensor:
         """Float[B, L]: weights from the norms of a probe pass at step t."""
         weights = guidance.token_weights(norms, valid, self.options.normalise)
+        weights = ablation.SOURCES[self.options.source](weights, valid)
         if self.options.ramp and self.warm(step):
             weights = weights * ((step + 1) / self.options.warm_steps)  # beta_t, 1 at the last warm-up step
         return weights

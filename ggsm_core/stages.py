@@ -208,7 +208,7 @@ class Plan:
         if stage.per == "baseline":
             yield from ((name, None) for name in beside)
             return
-        for row in [*(self.profile.recipes.active if stage.per == "recipe" else ()), *beside]:
+        for row in [*(self.profile.trained if stage.per == "recipe" else ()), *beside]:
             # A frozen text encoder draws nothing: a second seed would be the first again.
             seeds = self.profile.seeds[: 1 if row in TEXT_BASELINES else None]
             yield from ((row, seed) for seed in seeds)
@@ -239,12 +239,15 @@ class Plan:
             config["name"] = row
         elif stage.per != "profile":
             config |= {"recipe": row, "seed": seed}
+        dump = self.profile.model_dump(mode="json")
         if stage.options:
             # What the decoder before contrastive training sees is the mask it was pre-trained with.
-            options = None if row == ORACLE else getattr(self.profile.recipes, str(row))
-            config["recipe"] = "causal" if row == ORACLE else row
+            recipe, options, objective = (
+                ("causal", None, self.profile.objective) if row == ORACLE else self.profile.row(str(row))
+            )
+            config["recipe"] = recipe
             config["options"] = options.model_dump(mode="json") if options is not None else None
-        dump = self.profile.model_dump(mode="json")
+            dump["objective"] = objective.model_dump(mode="json")
         config["sections"] = {section: dump[section] for section in sorted(stage.sections)}
         config["inputs"] = {key: node.name for key, node in inputs.items()}
         if stage.name not in self._code:

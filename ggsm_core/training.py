@@ -343,6 +343,9 @@ class Trainer:
         Random state is forked, so that the training pass does not depend on whether it was probed.
         """
         recipe = self.encoder.recipe
+        if recipe.options.source == "attention":
+            with torch.random.fork_rng(), torch.no_grad(), self.accelerator.autocast():
+                return (self.frozen_tower or self.encoder).attention_of_read_out(pairs.user)
         towers = Towers(self.frozen_tower or self.encoder)
         # The training pass runs in autocast by itself: accelerate wraps it. This one does not go through it.
         with torch.random.fork_rng(), self.accelerator.autocast():
