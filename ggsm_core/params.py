@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -281,6 +281,13 @@ class Variant(Section):
     objective: dict[str, Any] = _field({}, "replace those of the profile's objective")
 
 
+class Tuned(Section):
+    """What tuning chose for a row, as multiples of what the profile says for all (``ggsm_core.tuning``)."""
+
+    rate: float = _field(1.0, "times the learning rate", gt=0.0)
+    length: float = _field(1.0, "times the steps or epochs, and a recipe's warm-up with them", gt=0.0)
+
+
 class Peers(Section):
     """The other trained systems of Table 2: one size, one budget and one rule to stop for all of them."""
 
@@ -320,11 +327,13 @@ class Evaluation(Section):
 
 
 class Row(NamedTuple):
-    """What one row of the table trains with; ``options`` None stands for the recipe's defaults."""
+    """What one row of the table trains with; ``options`` None for rows that are no recipe."""
 
     recipe: str
     options: Section | None
     objective: Objective
+    training: Training
+    peers: Peers
 
 
 class Profile(Section):
@@ -341,6 +350,7 @@ class Profile(Section):
     training: Training = Training()
     recipes: Recipes = Recipes()
     variants: dict[str, Variant] = _field({}, "more rows: name -> recipe, and what differs")
+    tuned: dict[str, Tuned] = _field({}, "row -> its pace; a variant has its recipe's")
     evaluation: Evaluation = Evaluation()
     seeds: list[int] = _field([0], "one training run per recipe and seed")
     baselines: list[str] = _field(
@@ -357,22 +367,37 @@ class Profile(Section):
         return [*self.recipes.active, *self.variants]
 
     def row(self, name: str) -> Row:
-        """The recipe, options and objective of a row of ``trained``."""
+        """What a trained row trains with: a recipe, a variant or a peer."""
         variant = self.variants.get(name)
-        if variant is None:
-            return Row(name, getattr(self.recipes, name), self.objective)
-        own = getattr(self.recipes, variant.recipe) or type(self.recipes).model_fields[variant.recipe].default
-        return Row(
-            variant.recipe,
-            type(own).model_validate(own.model_dump() | variant.options),
-            Objective.model_validate(self.objective.model_dump() | variant.objective),
+        recipe = name if variant is None else variant.recipe
+        own: Section | None = getattr(self.recipes, recipe, None)
+        objective = self.objective
+        if variant is not None:
+            default: Section = Recipes.model_fields[recipe].default
+            own = _changed(own or default, variant.options)
+            objective = _changed(objective, variant.objective)
+        pace = self.tuned.get(recipe, Tuned())
+        if isinstance(own, Guidance) and pace.length != 1:
+            own = own.model_copy(update={"warm_steps": _times(own.warm_steps, pace.length)})
+        training = self.training.model_copy(
+            update={
+                "learning_rate": self.training.learning_rate * pace.rate,
+                "total_steps": max(_times(self.training.total_steps, pace.length), 1),
+            }
         )
+        peers = self.peers.model_copy(
+            update={
+                "learning_rate": self.peers.learning_rate * pace.rate,
+                "epochs": max(_times(self.peers.epochs, pace.length), 1),
+            }
+        )
+        return Row(recipe, own, objective, training, peers)
 
     @model_validator(mode="after")
     def _possible(self) -> Profile:
-        total = self.training.total_steps
         for name in self.trained:
-            recipe, guidance, objective = self._checked_row(name)
+            recipe, guidance, objective, training, _ = self._checked_row(name)
+            total = training.total_steps
             where = f"variants.{name}.options" if name in self.variants else f"recipes.{name}"
             if objective.margin_from > 0 and objective.margin is None:
                 raise ValueError(f"{name}: objective.margin_from needs objective.margin, which is null")
@@ -392,6 +417,9 @@ class Profile(Section):
                 )
         if unknown := [name for name in self.baselines if name not in BASELINE_NAMES]:
             raise ValueError(f"baselines: {unknown} unknown; allowed: {', '.join(BASELINE_NAMES)}")
+        paced = {*RECIPE_NAMES, *SEQUENCE_BASELINES, *LANGUAGE_BASELINES}
+        if unknown := sorted(set(self.tuned) - paced):
+            raise ValueError(f"tuned: {unknown} are not trained; allowed: {', '.join(sorted(paced))}")
         trained = {*self.trained, *self.baselines}
         for name in self.baselines:
             if (row := name.removeprefix(JOINED)) not in trained:
@@ -416,6 +444,17 @@ class Profile(Section):
             raise ValueError(
                 f"variants.{name}: {field}: {problem['input']!r} refused: {problem['msg']}"
             ) from None
+
+
+_Kind = TypeVar("_Kind", bound=Section)
+
+
+def _changed(section: _Kind, changes: dict[str, Any]) -> _Kind:
+    return type(section).model_validate(section.model_dump() | changes)
+
+
+def _times(count: int, factor: float) -> int:
+    return round(count * factor)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -240,14 +240,15 @@ class Plan:
         elif stage.per != "profile":
             config |= {"recipe": row, "seed": seed}
         dump = self.profile.model_dump(mode="json")
-        if stage.options:
+        if stage.options or stage.per == "peer":
             # What the decoder before contrastive training sees is the mask it was pre-trained with.
-            recipe, options, objective = (
-                ("causal", None, self.profile.objective) if row == ORACLE else self.profile.row(str(row))
-            )
-            config["recipe"] = recipe
-            config["options"] = options.model_dump(mode="json") if options is not None else None
-            dump["objective"] = objective.model_dump(mode="json")
+            own = self.profile.row("causal" if row == ORACLE else str(row))
+            if stage.options:
+                options = own.options if row != ORACLE else None
+                config["recipe"] = own.recipe
+                config["options"] = options.model_dump(mode="json") if options is not None else None
+            for section in ("objective", "training", "peers"):
+                dump[section] = getattr(own, section).model_dump(mode="json")
         config["sections"] = {section: dump[section] for section in sorted(stage.sections)}
         config["inputs"] = {key: node.name for key, node in inputs.items()}
         if stage.name not in self._code:

@@ -212,10 +212,15 @@ def test_training_stops_early_and_keeps_the_best_epoch() -> None:
     model, lines = Scripted([3.0, 1.0, 2.0, 2.0, 0.0]), []
     settings = PEERS.model_copy(update={"epochs": 9, "patience": 2, "batch_size": 64, "held_out": 0.1})
     done = fit(
-        model, model.loss, users, settings, 0, lambda **line: lines.append((line["step"], float(model.value)))
+        model,
+        model.loss,
+        users,
+        settings,
+        0,
+        lambda **line: lines.append((line["step"], float(model.value.detach()))),
     )
     assert (done.epochs, done.best_epoch, done.stopped_early) == (4, 2, True)
-    assert float(model.value) == dict(lines)[2] != dict(lines)[4]
+    assert float(model.value.detach()) == dict(lines)[2] != dict(lines)[4]
     assert model.seen == set(train.tolist()), "the held-out households are never trained on"
 
 

@@ -1,0 +1,109 @@
+"""Fair tuning: every trained row has the same trials, scored inside the training period.
+
+A trial is an ordinary run of the graph under the profile's own protocol, one step back in time: the last
+training anchor is probed, models learn from the anchors whose future ends before it, and the probed
+households are in no training. What the table is made from, the probe anchors, is not in any trial.
+
+    python -m ggsm_core.tuning --profile params/study.yaml
+
+writes results/<profile>/tuning.csv and prints what to put under ``tuned`` in the profile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from ggsm_core import params
+from ggsm_core.params import LANGUAGE_BASELINES, SEQUENCE_BASELINES, Profile, Tuned
+
+TRIALS = tuple(Tuned(rate=rate, length=length) for length in (1.0, 0.5) for rate in (1.0, 0.3, 3.0))
+"""The budget of every row; a tie goes to the earlier one, and so to the profile as it is."""
+
+
+class TuningError(ValueError):
+    """A profile that leaves nothing to tune on."""
+
+
+def validation(profile: Profile, pace: Tuned) -> Profile:
+    """The profile of one trial of all trained rows. Raises ``TuningError``."""
+    data, last = profile.data, max(profile.data.train_anchors)
+    earlier = [anchor for anchor in data.train_anchors if anchor + data.future_days <= last]
+    if not earlier:
+        raise TuningError(
+            f"data.train_anchors: {data.train_anchors}; no future ends before anchor {last}, which is the one to "
+            "probe; give an earlier anchor"
+        )
+    peers = [name for name in profile.baselines if name in (*SEQUENCE_BASELINES, *LANGUAGE_BASELINES)]
+    change = {
+        "data": data.model_dump()
+        | {"train_anchors": earlier, "probe_anchors": [last], "protocol": "new_users"},
+        "seeds": profile.seeds[:1],
+        "variants": {},
+        "baselines": peers,
+        "tuned": {row: pace.model_dump() for row in (*profile.recipes.active, *peers)},
+    }
+    return Profile.model_validate(profile.model_dump() | change)
+
+
+def choose(trials: pl.DataFrame) -> pl.DataFrame:
+    """``trials`` (row, rate, length, auc) with ``chosen``: the best of each row, the first of equals."""
+    first_best = pl.col("auc").arg_max().over("row") == pl.int_range(pl.len()).over("row")
+    return trials.with_columns(chosen=first_best)
+
+
+def tune(profile: Profile, say: Callable[[str], None] = print) -> pl.DataFrame:
+    """All trials of all trained rows: row, rate, length, auc (mean over tasks), run, chosen."""
+    from ggsm_core.jobs import run_missing
+    from ggsm_core.runs import Store
+    from ggsm_core.stages import GRAPH, Plan
+
+    lines = []
+    for pace in TRIALS:
+        plan = Plan(GRAPH, validation(profile, pace), Store())
+        nodes = plan.of_stage("probe")
+        say(f"rate x {pace.rate:g}, length x {pace.length:g}: {len(nodes)} rows")
+        run_missing(plan, nodes, say)
+        for node in nodes:
+            auc = pl.read_csv(plan.store.folder(node.name) / "auc.csv")["auc"].mean()
+            lines.append((node.row, pace.rate, pace.length, auc, node.name))
+    return choose(pl.DataFrame(lines, schema=["row", "rate", "length", "auc", "run"], orient="row"))
+
+
+def as_yaml(trials: pl.DataFrame) -> str:
+    """The section ``tuned`` of a profile; rows that stay as they are are left out."""
+    chosen = trials.filter("chosen").filter((pl.col("rate") != 1) | (pl.col("length") != 1))
+    lines = [
+        f"  {row}: {{rate: {rate}, length: {length}}}"
+        for row, rate, length in chosen.select("row", "rate", "length").iter_rows()
+    ]
+    return "\n".join(["tuned:", *lines]) if lines else "tuned: {}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    from ggsm_core.jobs import exit_status
+    from ggsm_core.provenance import ROOT
+
+    parser = argparse.ArgumentParser(prog="python -m ggsm_core.tuning", description="Tune every trained row.")
+    parser.add_argument("--profile", type=Path, required=True)
+    given = parser.parse_args(arguments)
+
+    def act() -> int:
+        profile = params.load(given.profile)
+        trials = tune(profile)
+        out = ROOT / "results" / profile.name
+        out.mkdir(parents=True, exist_ok=True)
+        trials.write_csv(out / "tuning.csv", float_precision=6)
+        print(as_yaml(trials))
+        return 0
+
+    return exit_status(act)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
