@@ -35,8 +35,8 @@ def validation(profile: Profile, pace: Tuned) -> Profile:
     earlier = [anchor for anchor in data.train_anchors if anchor + data.future_days <= last]
     if not earlier:
         raise TuningError(
-            f"data.train_anchors: {data.train_anchors}; no future ends before anchor {last}, which is the one to "
-            "probe; give an earlier anchor"
+            f"data.train_anchors: {data.train_anchors}; no future ends before the anchor to "
+            f"probe, {last}; give an earlier one"
         )
     peers = [name for name in profile.baselines if name in (*SEQUENCE_BASELINES, *LANGUAGE_BASELINES)]
     change = {

@@ -88,7 +88,7 @@ def test_the_best_trial_is_chosen_and_the_first_of_equals() -> None:
 
 def test_nothing_to_tune_on_is_named() -> None:
     data = params.load(QUICK).data.model_dump() | {"train_anchors": [200, 210]}
-    with pytest.raises(tuning.TuningError, match="anchor 210"):
+    with pytest.raises(tuning.TuningError, match="probe, 210"):
         tuning.validation(profile(data=data), Tuned())
 
 
