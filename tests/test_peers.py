@@ -30,10 +30,11 @@ from ggsm_core.baselines.instructue import answer_loss
 from ggsm_core.baselines.msdp import Msdp, distribution_loss
 from ggsm_core.baselines.visits import NUMBERS, Visits, Vocabulary
 from ggsm_core.codehash import closure
+from ggsm_core.data import windows
 from ggsm_core.params import Evaluation, Profile, ProfileError
 from ggsm_core.runs import Store
 from ggsm_core.stages import GRAPH, Plan
-from ggsm_core.template import RECORD_TOKEN
+from ggsm_core.template import RECORD_TOKEN, render
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
@@ -309,6 +310,28 @@ def test_minilm_embeds_each_text_by_itself() -> None:
     assert got == pytest.approx(np.stack([system.embed([text])[0] for text in texts]), abs=1e-5)
     cut = system.embed(["beef " * 500, "beef " * 100])
     assert cut[0] == pytest.approx(cut[1], abs=1e-5), "cut at max_tokens"
+
+
+@pytest.mark.slow
+def test_the_stage_embeds_the_probe_split_as_the_template_writes_it(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    folder = write(tmp_path / "w", log(8), users=8)
+    events, samples = (pl.read_parquet(folder / f"{name}.parquet") for name in ("events", "samples"))
+    records = windows.history(events, samples, 90)
+    records.write_parquet(folder / "records.parquet")
+    asked = SimpleNamespace(
+        recipe="minilm", template=params.Template(), text_models=params.TextModels(max_tokens=48)
+    )
+    text_embeddings.run(asked, {"windows": folder}, tmp_path, lambda *_: None)
+    stored = load_file(tmp_path / "embeddings.safetensors")
+    assert stored["sample"].tolist() == samples.filter(pl.col("split") == "probe")["sample"].to_list()
+    texts = {sample: render(user) for sample, user in windows.users(records, asked.template)}
+    source = text_embeddings.folder_of("minilm", asked.text_models)
+    system = text_embeddings.FrozenText("minilm", source, 48, lambda *_: None)
+    assert stored["embeddings"][3] == pytest.approx(
+        system.embed([texts[int(stored["sample"][3])]])[0], abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", ["qwen3_embedding", "kalm", "nemotron"])
