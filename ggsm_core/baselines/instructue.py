@@ -99,7 +99,7 @@ class InstructUe(Baseline[Pairs, Users]):
             metrics = trainer.train_step()
             self.log(step=step, loss=metrics["loss"], seconds=metrics["seconds"])
         trained = sum(p.numel() for p in self.encoder.parameters() if p.requires_grad)
-        epochs = -(-total * train.batch_size // len(set(train.user_ids.tolist())))
+        epochs = -(-total * train.batch_size // len(train.answers))  # passes over all pairs, begun
         self.fitted = Fitted(epochs, epochs, False, trained)
         return self
 
