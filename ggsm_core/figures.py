@@ -23,8 +23,9 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import polars as pl  # noqa: E402
+import seaborn  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.colors import ListedColormap  # noqa: E402
+from matplotlib.colors import ListedColormap, LogNorm  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Patch, Rectangle  # noqa: E402
 from numpy.typing import ArrayLike  # noqa: E402
@@ -38,9 +39,8 @@ VISIBILITY = "cividis"
 """Colours of w in [0, 1]: dark is hidden, bright is visible, monotone in grey."""
 
 STYLE: dict[Any, Any] = {
+    **seaborn.axes_style("whitegrid"),
     "figure.dpi": 110,
-    "figure.facecolor": "white",
-    "axes.facecolor": "white",
     "savefig.facecolor": "white",
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -50,10 +50,8 @@ STYLE: dict[Any, Any] = {
     "axes.edgecolor": "#666666",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.grid": True,
     "grid.color": "#e6e6e6",
     "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "figure.constrained_layout.use": True,
@@ -153,13 +151,14 @@ def histogram(values: Mapping[str, ArrayLike], label: str, limit: float | None =
     with _figure(1, len(values), height=2.5) as (figure, axes):
         for axis, (name, numbers) in zip(axes[0], values.items(), strict=True):
             found = np.asarray(numbers, dtype=float)
-            axis.hist(found, bins=min(30, max(len(np.unique(found)), 2)), color="#0072B2", edgecolor="white")
+            bins = min(30, max(len(np.unique(found)), 2))
+            seaborn.histplot(found, bins=bins, color="#0072B2", alpha=1, ax=axis)
             median = float(np.median(found))
             axis.axvline(median, color=INK, ls="--", lw=1.2, label=f"median {median:,.0f}")
             if limit is not None:
                 axis.axvline(limit, color="#D55E00", lw=1.5, label=f"limit {limit:,.0f}")
             axis.set_title(name)
-            axis.set_xlabel(label)
+            axis.set(xlabel=label, ylabel="")
             axis.legend(fontsize=8)
         axes[0, 0].set_ylabel("sequences")
     return figure
@@ -195,28 +194,48 @@ def masks(
     ``read_out`` rings the row of ``<USER>``.
     """
     kinds = np.asarray(segments)
-    columns = min(columns, len(visibilities))
-    rows = -(-len(visibilities) // columns)
+    shown = {name: whole(values, len(kinds)) for name, values in visibilities.items()}
+    return _squares(shown, kinds, columns, "visibility w", read_out, vmin=0, vmax=1)
+
+
+def attention(maps: Mapping[str, ArrayLike], segments: ArrayLike, *, columns: int = 2) -> Figure:
+    """Attention [L, L] (query i down, key j across) of each name, rows sum to 1; colours on a log scale."""
+    shown = {name: np.asarray(values, dtype=float) for name, values in maps.items()}
+    norm = LogNorm(1e-3, 1, clip=True)
+    return _squares(shown, np.asarray(segments), columns, "attention", None, norm=norm)
+
+
+def _squares(
+    panels: Mapping[str, np.ndarray],
+    kinds: np.ndarray,
+    columns: int,
+    label: str,
+    read_out: int | None,
+    **scale: Any,
+) -> Figure:
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
     side = WIDTH / columns
     with _figure(rows, columns, height=rows * side + 0.5) as (figure, axes):
-        picture = None
-        for axis, (name, values) in zip(axes.flat, visibilities.items(), strict=False):
-            grid = whole(values, len(kinds))
-            picture = axis.imshow(grid, cmap=VISIBILITY, vmin=0, vmax=1, interpolation="nearest")
+        for axis, (name, values) in zip(axes.flat, panels.items(), strict=False):
+            _heat(values, axis, square=True, cbar=False, xticklabels=False, yticklabels=False, **scale)
             _margin(axis, kinds)
             if read_out is not None:
-                box = (-0.5, read_out - 0.5)
-                axis.add_patch(Rectangle(box, len(kinds), 1, fill=False, ec="#D55E00", lw=1.5))
+                axis.add_patch(Rectangle((0, read_out), len(kinds), 1, fill=False, ec="#D55E00", lw=1.5))
             axis.set_title(name)
-            _bare(axis)
-        for axis in list(axes.flat)[len(visibilities) :]:
+        for axis in list(axes.flat)[len(panels) :]:
             axis.set_visible(False)
-        axes[0, 0].set_ylabel("query i")
-        axes[0, 0].set_xlabel("key j")
-        assert picture is not None, "visibilities holds no mask"
-        figure.colorbar(picture, ax=axes, label="visibility w", shrink=0.7, aspect=18, pad=0.02)
+        axes[0, 0].set(ylabel="query i", xlabel="key j")
+        picture = axes[0, 0].collections[0]
+        figure.colorbar(picture, ax=axes, label=label, shrink=0.7, aspect=18, pad=0.02)
         _segment_legend(figure, kinds)
     return figure
+
+
+def _heat(values: ArrayLike, axis: Axes, **options: Any) -> None:
+    """A heat map in the colours of visibility, one square cell of the picture for each value."""
+    seaborn.heatmap(np.asarray(values), ax=axis, **{"cmap": VISIBILITY} | options)
+    axis.grid(visible=False)
 
 
 def whole(visibility: ArrayLike, length: int) -> np.ndarray:
@@ -229,16 +248,17 @@ def whole(visibility: ArrayLike, length: int) -> np.ndarray:
 def _margin(axis: Axes, kinds: np.ndarray) -> None:
     names = list(SEGMENTS)
     width = max(1.0, len(kinds) / 30)
-    for position, kind in enumerate(kinds):
-        colour = SEGMENT_COLOURS[names[kind]] if kind < len(names) else "#ffffff"
+    starts = np.flatnonzero(np.diff(kinds, prepend=-1))
+    for start, end in zip(starts, [*starts[1:], len(kinds)], strict=True):
+        colour = SEGMENT_COLOURS[names[kinds[start]]] if kinds[start] < len(names) else "#ffffff"
         for corner, size in (
-            ((-0.5 - 1.5 * width, position - 0.5), (width, 1)),
-            ((position - 0.5, len(kinds) - 0.5 + 0.5 * width), (1, width)),
+            ((-1.5 * width, start), (width, end - start)),
+            ((start, len(kinds) + 0.5 * width), (end - start, width)),
         ):
             patch = Rectangle(corner, *size, color=colour, lw=0, clip_on=False)
             axis.add_patch(patch)
-    axis.set_xlim(-0.5 - 1.6 * width, len(kinds) - 0.5)
-    axis.set_ylim(len(kinds) - 0.5 + 1.6 * width, -0.5)
+    axis.set_xlim(-1.6 * width, len(kinds))
+    axis.set_ylim(len(kinds) + 1.6 * width, 0)
 
 
 def _segment_legend(figure: Figure, kinds: np.ndarray) -> None:
@@ -247,41 +267,22 @@ def _segment_legend(figure: Figure, kinds: np.ndarray) -> None:
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(names), 8), fontsize=8)
 
 
-def _bare(axis: Axes) -> None:
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.grid(visible=False)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
-
-
 def grid(
     values: ArrayLike,
     *,
     rows: str,
     columns: str,
     label: str,
-    row_names: Sequence[str] | None = None,
-    column_ticks: Sequence[float] | None = None,
     low: float | None = None,
     high: float | None = None,
 ) -> Figure:
-    """A heat map [R, C]."""
+    """A heat map [R, C]; nan is left white."""
     numbers = np.asarray(values, dtype=float)
-    height = 1.2 + min(4.6, max(1.6, 0.26 * len(numbers)))
-    with _figure(height=height) as (figure, axes):
-        axis: Axes = axes[0, 0]
-        extent = None
-        if column_ticks is not None:
-            extent = (column_ticks[0] - 0.5, column_ticks[-1] + 0.5, len(numbers) - 0.5, -0.5)
-        shown = {"cmap": VISIBILITY, "vmin": low, "vmax": high, "aspect": "auto", "interpolation": "nearest"}
-        picture = axis.imshow(numbers, extent=extent, **shown)  # type: ignore[arg-type]
-        if row_names is not None:
-            axis.set_yticks(range(len(row_names)), row_names)
-        axis.set_xlabel(columns)
-        axis.set_ylabel(rows)
-        axis.grid(visible=False)
-        figure.colorbar(picture, ax=axis, label=label, pad=0.02)
+    every = {f"{axis}ticklabels": max(1, n // 10) for axis, n in zip("yx", numbers.shape, strict=True)}
+    with _figure(height=1.2 + min(4.6, max(1.6, 0.26 * len(numbers)))) as (figure, axes):
+        _heat(numbers, axes[0, 0], vmin=low, vmax=high, cbar_kws={"label": label, "pad": 0.02}, **every)
+        axes[0, 0].set(xlabel=columns, ylabel=rows)
+        axes[0, 0].tick_params(rotation=0)
     return figure
 
 
@@ -289,6 +290,7 @@ def grid(
 
 KINDS = ("negative", "removed by the margin", "the same answer", "the same household", "positive")
 _FILLS = ("#9ecae1", "#F0E442", "#CC79A7", "#E69F00", "#222222")
+_MARKS = ("", "·", "=", "H", "")
 
 
 def negatives(kinds: Mapping[str, ArrayLike]) -> Figure:
@@ -296,16 +298,13 @@ def negatives(kinds: Mapping[str, ArrayLike]) -> Figure:
     with _figure(1, len(kinds), height=WIDTH / len(kinds) + 0.8) as (figure, axes):
         for axis, (name, cells) in zip(axes[0], kinds.items(), strict=True):
             cell = np.asarray(cells)
-            colours = ListedColormap(_FILLS)
-            axis.imshow(cell, cmap=colours, vmin=0, vmax=len(KINDS) - 1, interpolation="nearest")
-            marks = {1: "·", 2: "=", 3: "H"}
+            marks = {"annot": np.array(_MARKS)[cell], "fmt": "", "annot_kws": {"size": 7}}
+            options = {"cmap": ListedColormap(_FILLS), "vmin": 0, "vmax": len(KINDS) - 1, "cbar": False}
             if len(cell) <= 24:
-                for row, column in np.argwhere(np.isin(cell, list(marks))):
-                    axis.text(column, row, marks[cell[row, column]], ha="center", va="center", fontsize=7)
+                options |= marks
+            _heat(cell, axis, square=True, xticklabels=False, yticklabels=False, **options)
             axis.set_title(name)
-            _bare(axis)
-        axes[0, 0].set_ylabel("row i")
-        axes[0, 0].set_xlabel("row j")
+        axes[0, 0].set(ylabel="row i", xlabel="row j")
         patches = [Patch(facecolor=f, edgecolor=INK, label=k) for f, k in zip(_FILLS, KINDS, strict=True)]
         figure.legend(handles=patches, loc="outside lower center", ncols=5, fontsize=8)
     return figure
@@ -414,6 +413,29 @@ def forest(table: pl.DataFrame, *, label: str, zero: float | None = None, column
         for axis in list(axes.flat)[len(panels) :]:
             axis.set_visible(False)
         figure.supxlabel(label, fontsize=9.5)
+    return figure
+
+
+def embedding_map(points: ArrayLike, labels: Mapping[str, ArrayLike], *, axes_label: str) -> Figure:
+    """Users [N, 2] as points, a panel for each task; its labels Bool[N] differ in colour and marker."""
+    columns = min(3, len(labels))
+    rows = -(-len(labels) // columns)
+    place = np.asarray(points, dtype=float)
+    with _figure(rows, columns, height=0.5 + rows * WIDTH / columns, sharex=True, sharey=True) as (
+        figure,
+        axes,
+    ):
+        for axis, (name, values) in zip(axes.flat, labels.items(), strict=False):
+            kinds = np.where(np.asarray(values, dtype=bool), "yes", "no")
+            order = ["no", "yes"]
+            hue = {"hue": kinds, "hue_order": order, "palette": ["#56B4E9", "#D55E00"]}
+            style = {"style": kinds, "style_order": order, "markers": ["o", "X"]}
+            seaborn.scatterplot(x=place[:, 0], y=place[:, 1], ax=axis, s=14, lw=0.3, ec=INK, **hue, **style)
+            axis.set_title(name)
+            axis.legend(fontsize=8, title=None, loc="best", handletextpad=0.2)
+        for axis in list(axes.flat)[len(labels) :]:
+            axis.set_visible(False)
+        figure.supxlabel(axes_label, fontsize=9.5)
     return figure
 
 

@@ -120,7 +120,8 @@ def key(notebook: Notebook, plan: Plan) -> str:
             "profile": notebook.narrowed(plan.profile),
             "runs": [node.name for node in notebook.reads(plan)],
             "code": code_hash({__name__, *notebook.modules()}, PACKAGE),
-            "libraries": provenance.libraries() | provenance.versions("matplotlib", "papermill", "ipykernel"),
+            "libraries": provenance.libraries()
+            | provenance.versions("matplotlib", "seaborn", "papermill", "ipykernel"),
         }
     )
 

@@ -37,6 +37,10 @@ EXAMPLES: dict[str, Callable[[], Figure]] = {
     "bars": lambda: figures.bars({"a": 0.1, "b": 0.0}, "share", limit=1),
     "masks": lambda: figures.masks({"a": np.zeros(9), "b": np.eye(9)}, KINDS, read_out=8),
     "grid": lambda: figures.grid(np.random.rand(40, 20), rows="r", columns="c", label="w", low=0, high=1),
+    "attention": lambda: figures.attention({"a": np.tril(np.full((9, 9), 0.1))}, KINDS),
+    "embedding_map": lambda: figures.embedding_map(
+        np.random.rand(30, 2), {"a": np.arange(30) % 2 == 0, "b": np.zeros(30)}, axes_label="components"
+    ),
     "negatives": lambda: figures.negatives({"u-a": np.eye(5, dtype=int) * 4}),
     "curves": lambda: figures.curves({n: ([0, 1], [1, 0.5]) for n in ROWS}, label="loss", warm_steps=1),
     "many curves": lambda: figures.curves({n: ([0, 1], [1, 2]) for n in MODALITIES}, label="w", log=True),

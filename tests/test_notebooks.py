@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -17,7 +18,11 @@ from ggsm_core import figures, notebooks
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 MOST_CELLS, MOST_LINES, LINE = 26, 15, 120
-DRAWN = {"bars", "curves", "forest", "grid", "histogram", "masks", "negatives", "per_token", "timeline"}
+DRAWN = {
+    name
+    for name, one in vars(figures).items()
+    if inspect.isfunction(one) and one.__annotations__.get("return") == "Figure"
+}
 
 
 @pytest.fixture(params=PATHS, ids=lambda path: path.stem)
