@@ -26,7 +26,7 @@ from ggsm_core.data import windows
 from ggsm_core.evaluation import households_of
 from ggsm_core.figures import SEGMENT_COLOURS
 from ggsm_core.model import UserEncoder
-from ggsm_core.template import MODALITIES, SPECIAL_TOKENS, Batch, User, collate, encode_user
+from ggsm_core.template import MODALITIES, SPECIAL_TOKENS, Batch, Encoded, User, collate, encode_user
 
 transformers_logging.disable_progress_bar()  # it draws on stderr, and a page holds none
 
@@ -101,20 +101,33 @@ def user_of(folders: Mapping[str, Path], sample: int, template: params.Template)
     return dict(windows.users(records.collect(), template))[sample]
 
 
-def sequence(
-    user: User, encoder: UserEncoder, folders: Mapping[str, Path], profile: str, query: str | None = None
-) -> Batch:
-    """One user as a batch of one sequence, L tokens without padding."""
+def encoded(user: User, encoder: UserEncoder, profile: str, query: str | None = None) -> Encoded:
+    """One user as the L tokens that the profile's template makes."""
     template = params.load(profile).template
-    encoded = encode_user(
+    return encode_user(
         user,
         encoder.tokenizer,
         query,
         modality_input=template.modality_input,
         max_tokens=template.max_user_tokens,
     )
+
+
+def words(sequence: Encoded, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The L tokens as a reader should see them: a soft token by the text of its record."""
+    told = [str(tokenizer.decode([token])) for token in sequence.input_ids]
+    for slot, record in zip(sequence.slots, sequence.records, strict=False):  # text mode has no slots
+        told[slot] = record.text
+    return told
+
+
+def sequence(
+    user: User, encoder: UserEncoder, folders: Mapping[str, Path], profile: str, query: str | None = None
+) -> Batch:
+    """One user as a batch of one sequence, L tokens without padding."""
+    one = encoded(user, encoder, profile, query)
     adapter = encoder.features is not None
-    return collate([encoded], encoder.ids["<pad>"], training.features(folders["texts"]) if adapter else None)
+    return collate([one], encoder.ids["<pad>"], training.features(folders["texts"]) if adapter else None)
 
 
 def rows(profile: str, *names: str) -> list[str]:
@@ -140,6 +153,29 @@ def trained(profile: str, recipe: str) -> UserEncoder:
     """The encoder that the run of ``recipe`` ended with."""
     base = runs.ensure(profile, "pretrain").folder if params.load(profile).lora is not None else None
     return UserEncoder.load(runs.ensure(profile, "contrast", recipe).folder, base=base)
+
+
+@torch.inference_mode()
+def attention(encoder: UserEncoder, batch: Batch) -> np.ndarray:
+    """Float[layers, L, L]: attention of one sequence, mean over heads, under the mask of inference.
+
+    Fused kernels don't tell their weights, so the decoder computes them the plain way for this once.
+    """
+    decoder = encoder.decoder if encoder.lora is None else encoder.decoder.get_base_model()
+    found: list[Tensor] = []
+    handles = [
+        layer.self_attn.register_forward_hook(lambda _module, _inputs, out: found.append(out[1][0].mean(0)))
+        for layer in decoder.layers
+    ]
+    fused = decoder.config._attn_implementation
+    decoder.set_attn_implementation("eager")
+    try:
+        encoder.embed(batch)
+    finally:
+        decoder.set_attn_implementation(fused)
+        for handle in handles:
+            handle.remove()
+    return torch.stack(found).float().numpy()
 
 
 def gaps(profile: str, rows: Sequence[str], reference: str) -> pl.DataFrame:
@@ -219,7 +255,11 @@ def table(
         body.append(f"<tr>{''.join(cells)}</tr>")
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     inner = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
-    return Page(f'<div style="overflow-x:auto"><table class="dataframe">{title}{inner}</table></div>')
+    # Reached by the tab key, so that a wide table can be scrolled without a mouse.
+    region = f'role="region" tabindex="0" aria-label="{html.escape(caption or "table")}"'
+    return Page(
+        f'<div style="overflow-x:auto" {region}><table class="dataframe">{title}{inner}</table></div>'
+    )
 
 
 def _cell(value: object, decimals: int) -> str:
