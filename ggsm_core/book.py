@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 import yaml
 
-from ggsm_core import provenance
+from ggsm_core import pages, provenance
 from ggsm_core.codehash import code_hash
 from ggsm_core.jobs import context
 from ggsm_core.notebooks import INJECTED, PACKAGE, Notebook, seconds, shown_path
@@ -24,6 +24,9 @@ SECONDS = 45.0
 TOOLS = ("jupyter-book", "sphinx", "myst-nb", "myst-parser", "sphinx-book-theme", "sphinx-mathjax-offline")
 SHARED = ("libraries", "params", "data", "profile", "label")  # told once, not with each run
 TABLES = ("auc.csv", "differences.csv")
+CITATION = provenance.ROOT / "CITATION.cff"
+REFERENCE = "<!-- one section for each module, made from its docstrings -->\n"
+"""The line of ``api.md`` in whose place the reference is put."""
 PICTURE = "_static/result.png"
 """The comparison at a glance. The copy in ``book/`` is the README's; a book shows its own results."""
 
@@ -70,6 +73,8 @@ def key(prose: Path, executed: list[Path], results: Path) -> str:
             "notebooks": {path.name: provenance.sha256(path) for path in executed},
             "results": {path.name: provenance.sha256(path) for path in sorted(results.iterdir())},
             "code": code_hash([__name__], PACKAGE),
+            "docstrings": [provenance.sha256(path) for path in sorted(PACKAGE.rglob("*.py"))],
+            "citation": provenance.sha256(CITATION),
             "tools": provenance.versions(*TOOLS),
         }
     )
@@ -107,12 +112,19 @@ def assemble(prose: Path, executed: list[Path], results: Path, folder: Path) -> 
     shutil.copytree(results, folder / "results")
     (folder / PICTURE).parent.mkdir(exist_ok=True)
     figures.result(pl.read_csv(results / "auc.csv")).savefig(folder / PICTURE, dpi=150)
+    told = json.loads((results / "provenance.json").read_text(encoding="utf-8"))
+    (folder / "results" / "status.csv").write_text(pages.status(executed), encoding="utf-8")
+    (folder / "results" / "environment.csv").write_text(pages.environment(told), encoding="utf-8")
+    api = folder / "api.md"
+    api.write_text(api.read_text(encoding="utf-8").replace(REFERENCE, pages.reference()), encoding="utf-8")
+    shutil.copy(CITATION, folder)
     (folder / "notebooks").mkdir(exist_ok=True)
     for path in executed:
         content = json.loads(path.read_text(encoding="utf-8"))
         for cell in content["cells"]:
             if INJECTED in cell["metadata"].get("tags", []):
                 cell["metadata"]["tags"].append("remove-cell")
+        content["cells"].append(pages.colophon(path.stem, content))
         (folder / "notebooks" / path.name).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 

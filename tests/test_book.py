@@ -6,8 +6,10 @@ Skipped where no book has been built or there is no Chromium; continuous integra
 from __future__ import annotations
 
 import importlib
+import json
 import re
-import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import reduce
@@ -17,20 +19,13 @@ from typing import Any
 
 import pytest
 import yaml
+from browser import browser as browser
+from browser import needs_browser, serious
+
+from ggsm_core import pages
 
 ROOT = Path(__file__).resolve().parents[1]
 PROSE = ROOT / "book"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-default-apps",
-]
 
 
 def built() -> Path | None:
@@ -47,9 +42,6 @@ def toc() -> list[str]:
 
 BOOK, PAGES = built(), toc()
 needs_book = pytest.mark.skipif(BOOK is None, reason="no book is built here; `make book` builds one")
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium on this machine; Debian's package `chromium` has one"
-)
 
 
 def page_file(name: str) -> Path:
@@ -150,16 +142,6 @@ class Seen:
     requests: list[str]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield started
-        started.close()
-
-
 @pytest.fixture(params=PAGES)
 def seen(request: pytest.FixtureRequest, browser: Any) -> Iterator[Seen]:
     context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900})
@@ -215,3 +197,131 @@ def test_the_check_notices_a_request_and_an_error(browser: Any, tmp_path: Path) 
     page.close()
     assert [url for url in requests if url.startswith("https:")]
     assert errors
+
+
+# --- for everyone -----------------------------------------------------------------------------------------
+
+
+@needs_book
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", [*PAGES, "search", "genindex"])
+def test_axe_finds_nothing_serious(browser: Any, name: str, scheme: str) -> None:
+    context = browser.new_context(offline=True, color_scheme=scheme, viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.goto(page_file(name).as_uri(), wait_until="load")
+    assert page.evaluate("document.documentElement.dataset.theme") == scheme
+    found = serious(page)
+    context.close()
+    assert not found
+
+
+@needs_book
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*PAGES, "search", "genindex"])
+def test_a_phone_does_not_scroll_sideways(browser: Any, name: str) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto(page_file(name).as_uri(), wait_until="load")
+    page.evaluate("async () => { if (window.MathJax) await window.MathJax.startup.promise }")
+    widths = page.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]")
+    page.close()
+    assert max(widths) <= 390
+
+
+@needs_browser
+def test_axe_and_the_phone_notice_a_fault(browser: Any, tmp_path: Path) -> None:
+    """Negative control: a picture without words, grey on grey, wider than a phone."""
+    bad = tmp_path / "bad.html"
+    picture = '<img src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" style="width:900px;height:9px">'
+    bad.write_text(
+        '<html lang="en"><meta name="viewport" content="width=device-width"><title>t</title>'
+        f'<main><h1>t</h1><p style="color:#aaa;background:#999">grey</p>{picture}</main></html>'
+    )
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto(bad.as_uri())
+    rules = {found.split(":")[0] for found in serious(page)}
+    wide = page.evaluate("document.documentElement.scrollWidth")
+    page.close()
+    assert {"image-alt", "color-contrast"} <= rules
+    assert wide > 390
+
+
+@needs_book
+@needs_browser
+def test_search_finds_soft_mask(browser: Any) -> None:
+    page = browser.new_page()
+    page.goto(f"{page_file('search').as_uri()}?q=soft+mask", wait_until="load")
+    page.locator("#search-results li a").first.wait_for(timeout=20_000)
+    found = page.locator("#search-results li a").all_inner_texts()
+    page.close()
+    assert any("GG-SM" in title for title in found)
+    assert any("Glossary" in title for title in found)
+
+
+@needs_book
+@needs_browser
+def test_the_player_opens_the_mask_by_keyboard(browser: Any) -> None:
+    page = browser.new_page()
+    page.goto(page_file("notebooks/08_ggsm_warmup").as_uri(), wait_until="load")
+    slider = page.locator(".player input[type=range]")
+    said = page.locator(".player .player-said")
+    slider.focus()
+    page.keyboard.press("Home")
+    assert all(text.startswith("causal") for text in said.all_inner_texts())
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert all(text.startswith("half-open") for text in said.all_inner_texts())
+    page.keyboard.press("End")
+    assert slider.get_attribute("aria-valuetext") == "after training"
+    assert all(text.startswith("open") for text in said.all_inner_texts())
+    page.close()
+
+
+@needs_book
+def test_equations_and_reference_lead_to_each_other() -> None:
+    names = re.findall(r"`(ggsm_core\.[\w.]+)`", (PROSE / "equations.md").read_text(encoding="utf-8"))
+    equations, api = (page_file(name).read_text(encoding="utf-8") for name in ("equations", "api"))
+    for name in names:
+        assert f'href="api.html#{name}"' in equations, name
+        assert f'id="{name}"' in api, name
+    assert api.count('href="notebooks/08_ggsm_warmup.html"') >= 3
+
+
+@needs_book
+def test_every_chapter_says_how_to_execute_it_again() -> None:
+    status = page_file("status").read_text(encoding="utf-8")
+    for name in (page for page in PAGES if page.startswith("notebooks/")):
+        text = re.sub(r"<[^>]*>", "", page_file(name).read_text(encoding="utf-8"))
+        stem = name.removeprefix("notebooks/")
+        assert all(line in text for line in pages.commands(stem).values())
+        assert f'href="{name}.html"' in status
+
+
+@needs_book
+def test_the_book_is_small() -> None:
+    assert BOOK is not None
+    sizes = {path: path.stat().st_size for path in BOOK.rglob("*") if path.is_file()}
+    assert sum(sizes.values()) <= 40e6
+    players = [
+        json.loads(data)
+        for path in BOOK.rglob("*.html")
+        for data in re.findall(
+            r'class="player".*?<script type="application/json">(.*?)</script>', path.read_text("utf-8"), re.S
+        )
+    ]
+    assert players and all(len(json.dumps(data)) < 300e3 for data in players)
+
+
+@needs_book
+@pytest.mark.slow
+def test_the_command_on_a_page_works(tmp_path: Path) -> None:
+    """As printed, but under the smallest profile, and with its output elsewhere."""
+    name = "04_objective"
+    line = pages.commands(name)["quick"].replace("params/quick", "params/smoke")
+    words = [word.replace(f"build/{name}", str(tmp_path / name)) for word in line.split()]
+    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    executed = json.loads((tmp_path / f"{name}.ipynb").read_text(encoding="utf-8"))
+    assert executed["metadata"]["papermill"]["exception"] is None

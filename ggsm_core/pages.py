@@ -1,0 +1,108 @@
+"""The parts of the book that are made from code and executed notebooks: commands, status, API reference."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ggsm_core import provenance
+from ggsm_core.notebooks import PACKAGE, Notebook
+
+PROFILES = {
+    "quick": "minutes on two cores",
+    "study": "hours on two cores",
+    "gpu": "needs a GPU, and the hub for the decoder's weights",
+}
+"""Profiles whose command every page shows, as far as ``params/`` has them."""
+PAPER = ("template", "masks", "guidance", "recipes", "loss", "model", "evaluation")
+"""The modules that are the paper, in the order in which it tells them."""
+
+
+def commands(name: str) -> dict[str, str]:
+    """Profile -> the command that executes notebook ``name`` under it, from the project's folder."""
+    return {
+        profile: f".venv/bin/python -m papermill notebooks/{name}.ipynb build/{name}.ipynb "
+        f"-k python3 -p profile params/{profile}.yaml"
+        for profile in PROFILES
+        if (provenance.ROOT / "params" / f"{profile}.yaml").is_file()
+    }
+
+
+def colophon(name: str, executed: dict[str, Any]) -> dict[str, Any]:
+    """The last cell of a page: how long it took, how to execute it again, where its code is described."""
+    lines = "\n".join(f"# {PROFILES[profile]}\n{line}" for profile, line in commands(name).items())
+    used = sorted(Notebook(Path(f"{name}.ipynb"), (), (), executed).modules() - {PACKAGE.name})
+    code = ", ".join(f"{{py:mod}}`{module}`" for module in used)
+    took = _papermill(executed)["duration"]
+    text = f"""::::{{dropdown}} Execute this page again
+It took {took:.0f} s when this book was made; [Status](../status.md) has all pages. In the project's folder,
+after `make install` (missing runs are computed first):
+
+```bash
+{lines}
+```
+
+Or open it with `make lab`. Code that it imports: {code}.
+::::"""
+    return {"cell_type": "markdown", "id": "colophon", "metadata": {}, "source": text}
+
+
+def _papermill(executed: dict[str, Any]) -> dict[str, Any]:
+    told = executed["metadata"]["papermill"]
+    assert isinstance(told, dict)
+    return told
+
+
+def status(executed: Iterable[Path]) -> str:
+    """CSV, one line a notebook: page, seconds, when it was executed and by what; papermill's own record."""
+    rows = []
+    for path in executed:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        told = _papermill(content)
+        title = "".join(content["cells"][0]["source"]).splitlines()[0].removeprefix("# ")
+        rows.append(
+            (
+                f"[{title}](notebooks/{path.name})",
+                round(told["duration"]),
+                told["end_time"][:16].replace("T", " "),
+                content["metadata"]["language_info"]["version"],
+                told["version"],
+            )
+        )
+    return _csv(("page", "seconds", "executed (UTC)", "Python", "papermill"), rows)
+
+
+def environment(told: dict[str, Any]) -> str:
+    """CSV of profile, commit, machine and libraries, from ``provenance.json``."""
+    commit = f"{told['commit']}{', with uncommitted changes' if told['uncommitted_changes'] else ''}"
+    machine = {fact: value for fact, value in told["machine"].items() if value is not None}
+    return _csv(
+        ("what", "value"),
+        ({"profile": told["profile"], "commit": commit} | machine | told["libraries"]).items(),
+    )
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
+
+
+def modules(package: Path = PACKAGE) -> list[str]:
+    """Every module of the package by its full name: the paper's first, then the others."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        found.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    paper = [f"{package.name}.{name}" for name in PAPER]
+    return [*paper, *(name for name in found if name not in paper)]
+
+
+def reference(package: Path = PACKAGE) -> str:
+    """Markdown that has Sphinx describe every module of the package from its docstrings."""
+    directive = "```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n   :member-order: bysource\n```"
+    return "\n\n".join(f"## {name}\n\n{directive.format(name=name)}" for name in modules(package)) + "\n"
