@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install book results test test-slow lint params bench lab clean
+.PHONY: help install book print results test test-slow lint params bench lab clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -15,6 +15,11 @@ install:  ## .venv from requirements.lock, if anything changed
 
 book: install  ## everything: data, training, probes, notebooks, book
 	@$(PY) -m ggsm_core.pipeline --profile params/$(PROFILE).yaml --target book
+
+print: book  ## the whole book on one page, for printing
+	@$(PY) -c "from jupyter_book.cli.main import main; main()" build -W --keep-going -q \
+	  --builder singlehtml build/$(PROFILE)/book
+	@echo "open build/$(PROFILE)/book/_build/singlehtml/index.html"
 
 results: install  ## the same up to results/PROFILE/, without notebooks and book
 	@$(PY) -m ggsm_core.pipeline --profile params/$(PROFILE).yaml --target results

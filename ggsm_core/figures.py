@@ -248,7 +248,7 @@ def whole(visibility: ArrayLike, length: int) -> np.ndarray:
 def _margin(axis: Axes, kinds: np.ndarray) -> None:
     names = list(SEGMENTS)
     width = max(1.0, len(kinds) / 30)
-    starts = np.flatnonzero(np.diff(kinds, prepend=-1))
+    starts = np.flatnonzero(np.diff(kinds, prepend=-1)).tolist()
     for start, end in zip(starts, [*starts[1:], len(kinds)], strict=True):
         colour = SEGMENT_COLOURS[names[kinds[start]]] if kinds[start] < len(names) else "#ffffff"
         for corner, size in (

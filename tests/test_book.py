@@ -77,6 +77,19 @@ def test_equations_lead_to_code_and_tests_that_exist() -> None:
     assert all((ROOT / path).is_file() for path in re.findall(r"`(tests/\w+\.py)`", text))
 
 
+def test_the_bibliography_holds_what_is_cited_and_nothing_else() -> None:
+    entries = re.findall(r"^@\w+\{(\w+),", (PROSE / "references.bib").read_text(encoding="utf-8"), re.M)
+    sources = [*PROSE.glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]
+    cited = {
+        key
+        for path in sources
+        for keys in re.findall(r"\{cite(?::\w)?\}`([^`]+)`", path.read_text(encoding="utf-8"))
+        for key in keys.split(",")
+    }
+    assert len(set(entries)) == len(entries)
+    assert cited == set(entries)
+
+
 def _is_module(parts: list[str]) -> bool:
     path = ROOT.joinpath(*parts)
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
@@ -175,6 +188,8 @@ def test_a_page_opens_from_disk(seen: Seen) -> None:
     typeset = page.locator("article mjx-container").count()
     assert typeset >= written > 0 or written == typeset == 0
     assert page.locator("mjx-merror, [data-mjx-error]").count() == 0
+    text = re.sub(r"<(pre|code|script|style)\b.*?</\1>", "", page.locator("article").inner_html(), flags=re.S)
+    assert not re.search(r"\$[^$<]+\$", re.sub(r"<[^>]*>", "", text)), "a formula that was not set"
 
     for image in page.locator("img").all():
         alt = (image.get_attribute("alt") or "").strip()
@@ -325,3 +340,22 @@ def test_the_command_on_a_page_works(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     executed = json.loads((tmp_path / f"{name}.ipynb").read_text(encoding="utf-8"))
     assert executed["metadata"]["papermill"]["exception"] is None
+
+
+@needs_book
+@pytest.mark.slow
+def test_the_book_prints_on_one_page() -> None:
+    """``make print``, without making the book again."""
+    assert BOOK is not None
+    profile = BOOK.parents[2].name
+    done = subprocess.run(
+        ["make", "-o", "book", "print", f"PROFILE={profile}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = ROOT / Path(done.stdout.split()[-1]).parent
+    text = (folder / "intro.html").read_text(encoding="utf-8")
+    titles = {
+        re.search(r"<h1>(.*?)<a", page_file(name).read_text(encoding="utf-8"), re.S)[1] for name in PAGES
+    }
+    assert all(title in text for title in titles)
+    assert 'class="player-still"' in text

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,8 +20,8 @@ from matplotlib.figure import Figure
 
 from ggsm_core import figures, story
 from ggsm_core.loss import info_nce_rows
-from ggsm_core.params import RECIPE_NAMES
-from ggsm_core.template import MODALITIES, SEGMENTS, SPECIAL_TOKENS, Record, User, render
+from ggsm_core.params import RECIPE_NAMES, Lora
+from ggsm_core.template import MODALITIES, SEGMENTS, SPECIAL_TOKENS, Record, User, encode_user, render
 
 matplotlib.use("agg")
 KINDS = np.array([0, 0, 1, 2, 3, 4, 5, 6, 7])
@@ -130,6 +132,33 @@ def test_cells_are_those_that_the_loss_counts(batch: int, seed: int, margin: flo
         candidates = int((cell <= 1).sum())
         assert int((cell == 1).sum()) / max(candidates, 1) == pytest.approx(masked if candidates else 0)
         assert (np.diag(cell) == figures.KINDS.index("positive")).all()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("lora", [None, Lora(rank=2, alpha=2)])
+def test_attention_is_what_the_mask_allows(lora: Lora | None) -> None:
+    batch = tiny.users([5], adapter=False)
+    length = batch.valid.shape[1]
+    for name, open_ in (("causal", False), ("bidirectional", True)):
+        encoder = tiny.encoder(name, layers=2, lora=lora)
+        before = encoder.embed(batch)
+        found = story.attention(encoder, batch)
+        assert found.shape == (2, length, length)
+        assert found.sum(2) == pytest.approx(1, abs=1e-5)
+        assert bool((found[:, 0, 1:] > 0).all()) == open_
+        assert (np.triu(found[0], 1) > 0).any() == open_
+        assert torch.equal(encoder.embed(batch), before)  # back on its fused kernel, no hook left
+
+
+@pytest.mark.parametrize("mode", ["adapter", "text"])
+def test_words_are_what_a_reader_would_call_the_tokens(mode: Literal["adapter", "text"]) -> None:
+    user = tiny.user(4)
+    sequence = encode_user(user, tiny.tokenizer(), tiny.QUERY, modality_input=mode, max_tokens=999)
+    words = story.words(sequence, tiny.tokenizer())
+    assert len(words) == len(sequence.input_ids)
+    assert (words[0], words[-1]) == ("<bill>", "<USER>") and "<record>" not in words
+    texts = [record.text for records in user.records.values() for record in records]
+    assert all(text in (words if mode == "adapter" else "".join(words)) for text in texts)
 
 
 def test_pseudonyms_hide_the_number_and_stay() -> None:
