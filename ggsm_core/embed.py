@@ -2,9 +2,10 @@
 
     python -m ggsm_core.embed --model FOLDER --events FILE.parquet --out OUT.parquet [--base FOLDER]
 
-The log has the columns of ``data.events.SCHEMA``; sorted by user it is read fastest. Memory holds one part of
-the users, however many there are. OUT has the columns user, records (shown to the encoder) and embedding; a
-user without any record in the window, or of whom none fits into the template, has records 0 and no embedding.
+The log has the columns of ``data.events.SCHEMA``; ``data.readers`` makes one of other files. Sorted by user
+it is read fastest. Memory holds one part of the users, however many there are. OUT has the columns user,
+records (shown to the encoder) and embedding; a user without any record in the window, or of whom none fits
+into the template, has records 0 and no embedding.
 """
 
 from __future__ import annotations
@@ -24,16 +25,13 @@ import polars as pl
 import torch
 
 from ggsm_core.data import windows
-from ggsm_core.data.events import DAY, EPOCH, RULES, SCHEMA, EventError, validate
+from ggsm_core.data.events import DAY, EPOCH, examine, validate
 from ggsm_core.embedding import embed_all
 from ggsm_core.model import UserEncoder
 from ggsm_core.provenance import digest, sha256, write_atomically
 from ggsm_core.template import encode_user
 from ggsm_core.text_encoder import TextEncoder
 from ggsm_core.tokens import Sequences
-
-SHOWN = 20
-"""Bad rows that an error lists."""
 
 Progress = Callable[[float, float, str], None]
 
@@ -70,14 +68,13 @@ def embed(
         progress: called with users done, users in all and a message.
 
     Raises:
-        EventError: rows that break the schema, by line and field.
+        EventError: rows that break the schema, by line and kind.
         EmbedError: an encoder without template, or parts of another call.
     """
     if encoder.template is None:
         raise EmbedError("model: saved without its template; train it with this version of ggsm_core")
     log = pl.scan_parquet(events)
-    check(log)
-    log = log.select(pl.col(name).cast(kind) for name, kind in SCHEMA.items())
+    examine(log).refuse()
     last = log.select(DAY.max()).collect(engine="streaming").item()
     if last is None and anchor is None:
         raise EmbedError(
@@ -104,34 +101,6 @@ def embed(
     pl.scan_parquet(parts / "*.parquet").sink_parquet(whole)
     whole.rename(out)
     shutil.rmtree(parts)
-
-
-def check(log: pl.LazyFrame) -> None:
-    """Raises ``EventError`` that lists the first bad rows of ``log`` by line (from 1) and field."""
-    validate(log.head(0).collect())  # the columns and their types
-    misfits = {
-        f"{name}: not {kind}": pl.col(name).cast(kind, strict=False).is_null() & pl.col(name).is_not_null()
-        for name, kind in SCHEMA.items()
-    }
-    found = (
-        log.with_row_index("line", offset=1)
-        .with_columns(broken.alias(rule) for rule, broken in misfits.items())
-        .with_columns(pl.col(name).cast(kind, strict=False) for name, kind in SCHEMA.items())
-        .with_columns(broken.fill_null(False).alias(rule) for rule, broken in RULES.items())
-        .select("line", *misfits, *RULES)
-        .filter(pl.any_horizontal(pl.exclude("line")))
-        .head(SHOWN + 1)
-        .collect(engine="streaming")
-    )
-    if found.height:
-        lines = [
-            f"line {row['line']}: {', '.join(rule for rule, broken in row.items() if broken is True)}"
-            for row in found.head(SHOWN).rows(named=True)
-        ]
-        more = ["and more"] if found.height > SHOWN else []
-        raise EventError(
-            "\n".join(["events: rows that break the schema; mend or remove them", *lines, *more])
-        )
 
 
 def _open(folder: Path, asked: dict[str, Any]) -> Path:

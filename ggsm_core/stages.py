@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from ggsm_core import params, provenance
 from ggsm_core.codehash import code_hash
+from ggsm_core.data import privacy
 from ggsm_core.params import (
     BASELINE_NAMES,
     FEATURE_BASELINES,
@@ -251,6 +252,8 @@ class Plan:
                 dump[section] = getattr(own, section).model_dump(mode="json")
         config["sections"] = {section: dump[section] for section in sorted(stage.sections)}
         config["inputs"] = {key: node.name for key, node in inputs.items()}
+        if stage.name == "windows":  # identifiers are hashed there, and their order decides folds
+            config["salt"] = privacy.fingerprint(privacy.public_salt())
         if stage.name not in self._code:
             self._code[stage.name] = code_hash([stage.module], self.graph.package)
         config["code"] = self._code[stage.name]

