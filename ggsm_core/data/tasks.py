@@ -147,3 +147,14 @@ def labels(
         .sort("sample")
         .collect()
     )
+
+
+def comes_back(samples: pl.DataFrame, future: pl.DataFrame) -> pl.DataFrame:
+    """A label that any log supports: sample, comes_back (Int8), 1 if anything is seen in the future window.
+
+    ``samples`` and ``future`` are those of ``windows``; visits and purchases count, campaigns do not.
+    """
+    acts = future.filter(pl.col("modality").is_in(["bill", "app"])).select("sample").unique()
+    return samples.select("sample").with_columns(
+        comes_back=pl.col("sample").is_in(acts["sample"].implode()).cast(pl.Int8)
+    )
