@@ -23,6 +23,7 @@ from ggsm_core.evaluation import (
     Progress,
     households_of,
     interval,
+    marked,
     mean_fold_auc,
 )
 
@@ -77,7 +78,7 @@ class Row:
         """The run ``<kind>:<recipe>[:<seed>]`` in ``folder``, its AUC resampled from its scores."""
         _, recipe, *rest = name.split(":")
         seed = int(rest[0]) if rest else 0
-        table = pl.read_csv(folder / "auc.csv", schema=AUC_COLUMNS)
+        table = pl.read_csv(folder / "auc.csv", schema_overrides=AUC_COLUMNS).select(*AUC_COLUMNS)
         table = table.with_columns(recipe=pl.lit(recipe), seed=pl.lit(seed, pl.Int64))
         scores = pl.read_parquet(folder / "scores.parquet").sort("task", "sample")
         scored = scores.join(users, on="sample", how="left", maintain_order="left")
@@ -138,7 +139,8 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
     evaluation = params.evaluation
     folders = {name: folder for name, folder in inputs.items() if name != "windows"}
     households = households_of(inputs["windows"], evaluation)
-    users = pl.read_parquet(inputs["windows"] / "samples.parquet", columns=["sample", "user"])
+    samples = pl.read_parquet(inputs["windows"] / "samples.parquet")
+    users = samples.select("sample", "user")
     rows: list[Row] = []
     for done, (name, folder) in enumerate(folders.items()):
         progress(done, len(folders), f"{name}: resampling households")
@@ -161,6 +163,6 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
         for name, group in runs.items()
     }
     gaps = differences(points, draws, rows[0].table["task"].to_list())
-    pl.concat(row.table for row in rows).write_csv(out / "auc.csv", float_precision=6)
-    gaps.write_csv(out / "differences.csv", float_precision=6)
+    for name, table in (("auc", pl.concat(row.table for row in rows)), ("differences", gaps)):
+        marked(table, samples).write_csv(out / f"{name}.csv", float_precision=6)
     progress(len(folders), len(folders), "differences")

@@ -436,6 +436,11 @@ AUC_COLUMNS = {
 SCORE_COLUMNS = ("sample", "task", "score", "label", "fold")
 
 
+def marked(table: pl.DataFrame, samples: pl.DataFrame) -> pl.DataFrame:
+    """``table`` with a column ``simulated`` if its ``samples`` have one: made-up events touch its numbers."""
+    return table.with_columns(simulated=pl.lit(True)) if "simulated" in samples.columns else table
+
+
 def households_of(windows: Path, evaluation: Any) -> Households:
     """The households of a windows run, probed or not: every row and task shares their folds and resamples."""
     users = pl.read_parquet(windows / "samples.parquet", columns=["user"])["user"]
@@ -457,6 +462,7 @@ def evaluate(
     """Probe ``features`` Float[N, d] of ``samples`` Int[N] on all tasks; write auc.csv and scores.parquet.
 
     ``samples`` must be exactly the probe split of ``windows``: all rows of a table are about the same users.
+    Both tables have a column ``simulated`` where the simulator filled a modality, and only there.
     """
     split = pl.read_parquet(windows / "samples.parquet").filter(pl.col("split") == "probe").sort("sample")
     order = np.argsort(samples)
@@ -480,8 +486,9 @@ def evaluate(
         auc.append((recipe, seed, task.name, r.auc, r.ci_low, r.ci_high, r.n))
         columns = {"sample": ids[task.rows], "score": r.scores, "label": task.labels, "fold": r.fold}
         scores.append(pl.DataFrame(columns).with_columns(task=pl.lit(task.name)))
-    pl.DataFrame(auc, schema=AUC_COLUMNS, orient="row").write_csv(out / "auc.csv", float_precision=6)
-    pl.concat(scores).select(SCORE_COLUMNS).write_parquet(out / "scores.parquet")
+    aucs = pl.DataFrame(auc, schema=AUC_COLUMNS, orient="row")
+    marked(aucs, split).write_csv(out / "auc.csv", float_precision=6)
+    marked(pl.concat(scores).select(SCORE_COLUMNS), split).write_parquet(out / "scores.parquet")
 
 
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:

@@ -148,9 +148,9 @@ class _Safe(dict[int, str]):
             safe = " "
         elif category in ("Cc", "Cf", "Cs", "Co"):
             safe = ""
-        elif category == "Ps" or char in "<«‹˂ᐸ≪≮⋖⋘⪡⫷":
+        elif category == "Ps" or char in "<«‹˂ᐸ≪≮⋖⋘⪡⫷\U0001d236":
             safe = "("
-        elif category == "Pe" or char in ">»›˃ᐳ≫≯⋗⋙⪢⫸":
+        elif category == "Pe" or char in ">»›˃ᐳ≫≯⋗⋙⪢⫸\U0001d237":
             safe = ")"
         else:
             safe = self.bars.get(char, char)

@@ -37,9 +37,10 @@ class Sequences:
         tokens = slice(a["token_start"][row], a["token_start"][row + 1])
         slots = slice(a["record_start"][row], a["record_start"][row + 1])
         records = tuple(
-            Record(self._texts[text], tuple(numbers))
-            for text, numbers in zip(
-                a["record_text"][slots].tolist(), a["record_numbers"][slots].tolist(), strict=True
+            Record(self._texts[text], tuple(numbers), simulated)
+            for text, numbers, simulated in zip(
+                *(a[f"record_{name}"][slots].tolist() for name in ("text", "numbers", "simulated")),
+                strict=True,
             )
         )
         return Encoded(
@@ -75,6 +76,7 @@ class Sequences:
             "record_numbers": np.array([record.numbers for record in records], np.float32).reshape(
                 -1, len(NUMBERS)
             ),
+            "record_simulated": np.array([record.simulated for record in records], bool),
             "record_start": np.cumsum([0, *(len(row.slots) for row in rows)]).astype(np.int64),
             "dropped": np.array([row.dropped for row in rows], np.int32),
         }

@@ -63,7 +63,7 @@ def futures() -> tuple[pl.DataFrame, pl.DataFrame]:
 
 def test_answers_say_what_happened(futures: tuple[pl.DataFrame, pl.DataFrame]) -> None:
     answers = {(s, g): a for s, g, a in build(*futures).select("sample", "granularity", "answer").iter_rows()}
-    assert answers[0, "categories"] == "Buys 1 kinds for 80 dollars: milk."
+    assert answers[0, "categories"] == "Buys 1 kind for 80 dollars: milk."
     assert answers[0, "visits"] == (
         "2 visits, from day 1 to day 10, longest gap 9 days, mostly weekend evenings at store 7."
     )

@@ -78,9 +78,10 @@ def test_adapter_mode_puts_one_slot_per_record_between_its_tags() -> None:
     assert encoded.segments[-1] == t.SEGMENTS["user"] and encoded.segments[-2] == t.SEGMENTS["instruction"]
 
 
-OPEN = list("<＜﹤〈〈⟨‹«❮❰⧼ᐸ˂≪⟪《[［")
-CLOSE = list(">＞﹥〉〉⟩›»❯❱⧽ᐳ˃≫⟫》]］")
-INVISIBLE = list("\u200b\u200d\u200e\u202a\u202e\u2066\u2069\ufeff\x00\x08\x1b\u00ad\ue000")
+OPEN = list("<＜﹤〈〈⟨‹«❮❰⧼ᐸ˂≪⟪《[［\U0001d236")
+CLOSE = list(">＞﹥〉〉⟩›»❯❱⧽ᐳ˃≫⟫》]］\U0001d237")
+INVISIBLE = list("\u200b\u200d\u200e\u202a\u202e\u2066\u2069\ufeff\x00\x08\x1b\u00ad\ue000\U000e003c")
+WORDS = ["牛乳", "молоко", "حليب", "दूध", "γάλα", "우유", "นม", "ミルク", "ወተት", "mjölk"]
 NAMES = [name.strip("<>/") for name in t.SPECIAL_TOKENS] + ["|endoftext|", "|im_start|", "CLS", "s", "0x0A"]
 
 
@@ -93,7 +94,8 @@ def hostile(rng: random.Random) -> str:
         if rng.random() < 0.2:
             name = "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in name)
         pieces += [rng.choice([*OPEN, ""]), rng.choice(["", "/", "／"]), name, rng.choice([*CLOSE, ""])]
-        pieces += [rng.choice(["", " ", "\n", "; ", "\u2028", "牛乳", "молоко", "حليب", "दूध"])]
+        pieces += [rng.choice(["", " ", "\n", "; ", "\u2028", "&lt;", "\\u003c", "\u0338"])]
+        pieces += [rng.choice(["", *WORDS])]
     return "".join(pieces)
 
 
@@ -113,10 +115,24 @@ def check_unforged(texts: list[str]) -> None:
             assert specials(t.encode_answer(text, TOKENIZER, max_tokens=4096).input_ids) == ["<EOS>"]
 
 
-def test_thousands_of_hostile_strings_forge_nothing() -> None:
+def test_ten_thousand_hostile_records_forge_nothing_and_stay_readable() -> None:
     rng = random.Random(0)
-    for _ in range(1500):
-        check_unforged([hostile(rng) for _ in range(3)])
+    records = [hostile(rng) for _ in range(10_000)]
+    assert len(set(records)) > 9_000
+    for start in range(0, len(records), 20):
+        check_unforged(records[start : start + 20])
+    for text in records:
+        check_readable(text)
+
+
+def check_readable(text: str) -> None:
+    """Every letter and digit of every script is there, in its order, and nothing that is or looks like a tag."""
+    clean = t.sanitise(text)
+    visible = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf"))
+    normal = unicodedata.normalize("NFKC", visible)
+    letters = [c for c in normal if unicodedata.category(c)[0] in "LN" and c not in "ᐸᐳ˂˃ǀ"]
+    assert [c for c in clean if unicodedata.category(c)[0] in "LN"] == letters
+    assert not re.search(r"[<>\[\]|;\n\u202e]|  ", clean)
 
 
 def test_raw_text_would_forge() -> None:
@@ -136,14 +152,8 @@ def test_any_text_forges_nothing(texts: list[str]) -> None:
 @settings(deadline=None, max_examples=300)
 @given(st.text(max_size=60))
 def test_sanitised_text_is_stable_and_readable(text: str) -> None:
-    clean = t.sanitise(text)
-    assert t.sanitise(clean) == clean
-    visible = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf"))
-    normal = unicodedata.normalize("NFKC", visible)
-    letters = [c for c in normal if unicodedata.category(c)[0] in "LN" and c not in "ᐸᐳ˂˃ǀ"]
-    kept = [c for c in clean if unicodedata.category(c)[0] in "LN"]
-    assert kept == letters
-    assert not re.search(r"[<>\[\]|;\n\u202e]|  ", clean)
+    assert t.sanitise(t.sanitise(text)) == t.sanitise(text)
+    check_readable(text)
 
 
 def test_ordinary_text_stays_as_it_is() -> None:

@@ -120,7 +120,9 @@ def _categories(future: pl.DataFrame, facts: int, rng: np.random.Generator, days
         .agg(pl.col("kind").head(facts))
     )
     return {
-        sample: _sentence(f"Buys {breadth} kinds for {_about(amount)} dollars:", names, joint=" ")
+        sample: _sentence(
+            f"Buys {_count(breadth, 'kind')} for {_count(_about(amount), 'dollar')}:", names, joint=" "
+        )
         for sample, names, amount, breadth in drawn.join(
             spent, on="sample", maintain_order="left"
         ).iter_rows()
@@ -139,7 +141,7 @@ def _visits(future: pl.DataFrame, facts: int, rng: np.random.Generator, days: in
     )
     answers = {}
     for sample, count, first, last, gap, place, hours in table.iter_rows():
-        found = [f"from day {first} to day {last}", f"longest gap {gap} days"]
+        found = [f"from day {first} to day {last}", f"longest gap {_count(gap, 'day')}"]
         if count == 1:
             found = [f"on day {first}"]
         found.append(f"mostly {hours}s at {place}" if place else f"mostly {hours}s")
@@ -162,9 +164,10 @@ def _weeks(future: pl.DataFrame, facts: int, rng: np.random.Generator, days: int
         found = {week: (_about(amount), count) for _, week, amount, count in rows}
         drawn = [int(week) for week in _draw([str(week) for week in range(weeks)], facts, rng)]
         dollars, counts = (_list(found.get(week, (0, 0))[i] for week in drawn) for i in (0, 1))
-        answers[sample] = (
-            f"Spends {dollars} dollars over {counts} visits in weeks {_list(week + 1 for week in drawn)}."
-        )
+        visits_in = "visit in week" if counts == "1" else "visits in week"
+        several = "s" * (len(drawn) > 1)
+        named = _list(week + 1 for week in drawn)
+        answers[sample] = f"Spends {dollars} dollars over {counts} {visits_in}{several} {named}."
     return answers
 
 
@@ -234,6 +237,11 @@ def _about(amount: float) -> int:
         return 0
     unit = 10 ** floor(log10(abs(amount)))
     return round(amount / unit) * unit
+
+
+def _count(number: int, noun: str) -> str:
+    """``1 day``, ``2 days``."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _percent(share: float) -> str:

@@ -1,7 +1,9 @@
 """Simulated search queries, for data without any. Off by default (``data.search``).
 
 A query is derived from one purchase and carries that purchase's time, so a window holds a simulated query
-only if it holds its purchase: nothing can leak from the future. Everything here is marked ``simulated``.
+only if it holds its purchase: nothing can leak from the future. Everything here is marked ``simulated``:
+events and records (a column), the template's ``Record`` and its text, the samples, and every table of results
+made from them (a column ``simulated``, which tables of real data alone don't have).
 """
 
 from __future__ import annotations

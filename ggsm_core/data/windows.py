@@ -239,7 +239,10 @@ def users(records: pl.DataFrame, template: Any) -> Iterator[tuple[int, User]]:
 
 
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Callable[[int, int, str], None]) -> None:
-    """Stage ``windows``: writes events, samples, records, future and labels (.parquet) into ``out``."""
+    """Stage ``windows``: writes events, samples, records, future and labels (.parquet) into ``out``.
+
+    ``samples`` has a column ``simulated`` if, and only if, a simulator has filled what the data lacks.
+    """
     data = params.data
     progress(0, 4, "reading The Complete Journey")
     bought = complete_journey.purchases()
@@ -258,6 +261,8 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Callable[[int
         data.future_days,
     )
     del bought
+    if data.search == "simulated":  # whoever reads these samples tells by it
+        every = every.with_columns(simulated=pl.lit(True))
     found = draw_households(every, data.households)
     progress(2, 4, f"{found.height:,} samples of {found['user'].n_unique():,} users")
     records = history(events, found, data.history_days)
