@@ -38,7 +38,7 @@ class StoryError(ValueError):
 
 
 def short_name(user: str) -> str:
-    """What the chapters call a household: its pseudonym's beginning, in letters so as to look like no number."""
+    """What the chapters call a household: its pseudonym's beginning, in letters that look like no number."""
     return "household " + user[:4].translate(str.maketrans("0123456789", "ghijklmnop"))
 
 

@@ -96,7 +96,7 @@ def test_adapter_tables_and_rendered_histories_hold_no_household() -> None:
 
 
 def test_notebooks_show_no_user_column() -> None:
-    """What a cell shows names households by ``story.short_name`` alone: no cell ends in a table with users."""
+    """What a cell shows names households by ``story.short_name`` alone: no table that is shown has users."""
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             source = "".join(cell["source"])

@@ -126,7 +126,7 @@ def test_ten_thousand_hostile_records_forge_nothing_and_stay_readable() -> None:
 
 
 def check_readable(text: str) -> None:
-    """Every letter and digit of every script is there, in its order, and nothing that is or looks like a tag."""
+    """Every letter and digit of every script is there, in order, and nothing that is or looks like a tag."""
     clean = t.sanitise(text)
     visible = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf"))
     normal = unicodedata.normalize("NFKC", visible)

@@ -1,0 +1,144 @@
+"""A whole event log as templates: user and text of Fig. 4, streamed, or on a cluster.
+
+    python -m ggsm_core.data.bulk EVENTS.parquet --out TEXTS.parquet --anchor 2017-11-27 [--engine ray]
+
+``templates`` is a pure function from a table of whole users' events to a table of their texts, so any engine
+that hands over Arrow tables can run it. ``local`` streams a log sorted by user through it in constant memory;
+``on_ray`` runs it under Ray Data (extra ``cluster``), for a log in any order that no single machine holds.
+Both write the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ggsm_core import params
+from ggsm_core.data import windows
+from ggsm_core.data.events import EPOCH, SCHEMA, EventError, validate
+from ggsm_core.template import render
+
+ROWS = 100_000
+"""Events read at a time."""
+GROUP = 10_000
+"""Users of a row group that is written."""
+BUCKETS = 256
+"""Parts that a cluster cuts the users into."""
+_OUT = pa.schema({"user": pa.large_string(), "text": pa.large_string()})
+
+
+def templates(events: pa.Table, *, anchor: date, history_days: int, template: params.Template) -> pa.Table:
+    """Each user's history before ``anchor`` as text: user, text (null without any record), sorted by user.
+
+    ``events`` has the columns of ``events.SCHEMA`` and all events of each of its users. Pure: the same events
+    in any order, of any company of users, give the same rows. Raises ``EventError``.
+    """
+    log = validate(pl.DataFrame(events.select(list(SCHEMA))))
+    users = log.select(pl.col("user").unique().sort()).with_row_index("sample")
+    day = pl.lit((anchor - EPOCH).days, pl.Int32)
+    found = users.select(pl.col("sample").cast(pl.Int64), "user", anchor=day)
+    texts: list[str | None] = [None] * len(users)
+    for sample, user in windows.users(windows.history(log, found, history_days), template):
+        texts[sample] = render(user)
+    return pa.table({"user": users["user"].to_list(), "text": texts}, _OUT)
+
+
+def local(events: Path, out: Path, **settings: Any) -> None:
+    """``templates`` of a log sorted by user, in one process; ``settings`` are its keywords."""
+    _write((templates(table, **settings) for table in whole_users(events)), out)
+
+
+def on_ray(events: Path, out: Path, **settings: Any) -> None:
+    """The same under Ray Data: on the cluster that Ray is connected to, else on this machine."""
+    import ray
+
+    data = ray.data.read_parquet(str(events), file_extensions=None).select_columns(list(SCHEMA))
+    texts = (
+        data.map_batches(_bucketed, batch_format="pyarrow")
+        .groupby("bucket")
+        .map_groups(partial(templates, **settings), batch_format="pyarrow")
+        .sort("user")
+    )
+    _write(texts.iter_batches(batch_size=GROUP, batch_format="pyarrow"), out)
+
+
+def whole_users(events: Path) -> Iterator[pa.Table]:
+    """A log sorted by user in tables of some ``ROWS`` events, no user cut in two. Raises ``EventError``."""
+    held: list[pa.Table] = []
+    seen = ""
+    with pq.ParquetFile(events) as file:
+        for batch in file.iter_batches(ROWS, columns=list(SCHEMA)):
+            table = pa.table(batch)
+            names = pl.Series(table["user"])
+            if names.null_count() or not names.is_sorted() or names[0] < seen:
+                raise EventError(f"{events.name}: not sorted by user; sort it, or use the engine ray")
+            seen = names[-1]
+            if cut := int(names.search_sorted(seen)):
+                yield pa.concat_tables([*held, table.slice(0, cut)])
+                held = []
+            held.append(table.slice(cut))
+    if held:
+        yield pa.concat_tables(held)
+
+
+def _bucketed(events: pa.Table) -> pa.Table:
+    users = pc.dictionary_encode(events["user"].combine_chunks())
+    buckets = np.array([crc32(name.encode()) % BUCKETS for name in users.dictionary.to_pylist()])
+    return events.append_column("bucket", pa.array(buckets[users.indices.to_numpy()]))
+
+
+def _write(tables: Iterable[pa.Table], out: Path) -> None:
+    """Row groups of ``GROUP`` users however the tables come: the bytes do not tell who made them."""
+    draft = out.with_name(f".{out.name}.partial")
+    held = _OUT.empty_table()
+    try:
+        with pq.ParquetWriter(draft, _OUT) as writer:
+            for table in tables:
+                held = pa.concat_tables([held, table.cast(_OUT)])
+                while held.num_rows >= GROUP:
+                    writer.write_table(held.slice(0, GROUP).combine_chunks())
+                    held = held.slice(GROUP)
+            writer.write_table(held.combine_chunks())
+        draft.replace(out)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ggsm_core.data.bulk", description="Write the templates of a whole event log."
+    )
+    parser.add_argument("events", type=Path, help="event log, Parquet; sorted by user for the engine local")
+    parser.add_argument("--out", type=Path, required=True, help="Parquet with user and text")
+    parser.add_argument(
+        "--anchor", type=date.fromisoformat, required=True, help="history ends before this day"
+    )
+    parser.add_argument("--history-days", type=int, default=90)
+    parser.add_argument("--profile", type=Path, help="whose template; the default one without")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local")
+    given = parser.parse_args(arguments)
+    try:
+        template = params.load(given.profile).template if given.profile else params.Template()
+        run = {"local": local, "ray": on_ray}[given.engine]
+        run(given.events, given.out, anchor=given.anchor, history_days=given.history_days, template=template)
+    except (ValueError, OSError) as problem:
+        print(problem, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

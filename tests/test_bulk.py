@@ -1,0 +1,110 @@
+"""A whole log as templates: pure, streamed, and the same bytes under Ray."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+from polars.testing import assert_frame_equal
+
+from ggsm_core.data import bulk, made_up, windows
+from ggsm_core.data.events import EPOCH, ZONE, EventError, validate
+from ggsm_core.params import Template
+from ggsm_core.template import render
+
+SETTINGS = {"anchor": date(2017, 7, 1), "history_days": 90, "template": Template()}
+
+
+def log(users: int = 60) -> pl.DataFrame:
+    return made_up.events(users, 30).with_columns(pl.col("time").dt.replace_time_zone(ZONE))
+
+
+def write(events: pl.DataFrame, path: Path) -> Path:
+    events.write_parquet(path)
+    return path
+
+
+def test_the_made_up_file_is_what_its_generator_makes() -> None:
+    found = pl.read_parquet(made_up.FILE)
+    assert_frame_equal(found, made_up.events(made_up.USERS))
+    assert made_up.FILE.stat().st_size < 200_000
+    assert found["user"].str.starts_with("made-up-").all()
+
+
+def test_streamed_texts_are_those_of_each_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = log()
+    monkeypatch.setattr(bulk, "ROWS", 37)
+    bulk.local(write(events, tmp_path / "log"), tmp_path / "texts", **SETTINGS)
+    found = dict(pl.read_parquet(tmp_path / "texts").iter_rows())
+    assert list(found) == events["user"].unique().sort().to_list()
+    day = (date(2017, 7, 1) - EPOCH).days
+    for user, text in found.items():
+        mine = validate(events.filter(pl.col("user") == user))
+        sample = pl.DataFrame({"sample": [0], "user": [user], "anchor": [day]}).cast({"anchor": pl.Int32})
+        (made,) = dict(windows.users(windows.history(mine, sample, 90), Template())).values()
+        assert text == render(made)
+
+
+def test_order_and_company_change_nothing() -> None:
+    events = log()
+    whole = pl.DataFrame(bulk.templates(events.to_arrow(), **SETTINGS))
+    shuffled = events.sample(fraction=1, shuffle=True, seed=1)
+    assert whole.equals(pl.DataFrame(bulk.templates(shuffled.to_arrow(), **SETTINGS)))
+    some = whole["user"].gather_every(3).to_list()
+    alone = bulk.templates(events.filter(pl.col("user").is_in(some)).to_arrow(), **SETTINGS)
+    assert whole.filter(pl.col("user").is_in(some)).equals(pl.DataFrame(alone))
+
+
+def test_a_user_without_records_has_no_text(tmp_path: Path) -> None:
+    events = log(3).filter(pl.col("time").is_not_null())
+    bulk.local(write(events, tmp_path / "log"), tmp_path / "texts", **(SETTINGS | {"anchor": EPOCH}))
+    assert pl.read_parquet(tmp_path / "texts")["text"].null_count() == 3
+
+
+def test_no_user_is_cut_in_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = log()
+    path = write(events, tmp_path / "log")
+    for rows in (1, 7, 31, 10_000):
+        monkeypatch.setattr(bulk, "ROWS", rows)
+        parts = [pl.DataFrame(table) for table in bulk.whole_users(path)]
+        assert_frame_equal(pl.concat(parts), pl.read_parquet(path))
+        assert sum(part["user"].n_unique() for part in parts) == events["user"].n_unique()
+
+
+def test_a_log_out_of_order_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk, "ROWS", 11)
+    for events in (log(9).reverse(), pl.concat([log(9), log(9).head(5)])):
+        with pytest.raises(EventError, match="not sorted by user"):
+            bulk.local(write(events, tmp_path / "log"), tmp_path / "texts", **SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "texts"
+    command = [str(write(log(5), tmp_path / "log")), "--out", str(out), "--anchor", "2017-07-01"]
+    assert bulk.main(command) == 0 and pq.read_metadata(out).num_rows == 5
+    write(log(5).with_columns(amount=float("nan")), tmp_path / "log")
+    assert bulk.main(command) == 1 and "amount: not finite" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ray_writes_the_same_bytes(tmp_path: Path) -> None:
+    """The real command in a process of its own; Ray gets the log in another order."""
+    pytest.importorskip("ray")
+    events = log(200)
+    write(events, tmp_path / "sorted")
+    write(events.sample(fraction=1, shuffle=True, seed=2), tmp_path / "shuffled")
+    environment = os.environ | {"RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    for log_name, engine in (("sorted", "local"), ("shuffled", "ray")):
+        command = [sys.executable, "-m", "ggsm_core.data.bulk", str(tmp_path / log_name)]
+        more = ["--out", str(tmp_path / engine), "--anchor", "2017-07-01", "--engine", engine]
+        done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "local").read_bytes() == (tmp_path / "ray").read_bytes()
+    assert pq.read_metadata(tmp_path / "ray").num_rows == 200
