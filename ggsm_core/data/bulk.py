@@ -11,6 +11,7 @@ Both write the same bytes.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
@@ -35,7 +36,9 @@ ROWS = 100_000
 GROUP = 10_000
 """Users of a row group that is written."""
 BUCKETS = 256
-"""Parts that a cluster cuts the users into."""
+"""Groups of users that a cluster templates, each in one piece."""
+PARTITIONS = 16
+"""Parts that a cluster shuffles these groups into."""
 _OUT = pa.schema({"user": pa.large_string(), "text": pa.large_string()})
 
 
@@ -63,15 +66,25 @@ def local(events: Path, out: Path, **settings: Any) -> None:
 def on_ray(events: Path, out: Path, **settings: Any) -> None:
     """The same under Ray Data: on the cluster that Ray is connected to, else on this machine."""
     import ray
+    import ray.data
 
-    data = ray.data.read_parquet(str(events), file_extensions=None).select_columns(list(SCHEMA))
-    texts = (
-        data.map_batches(_bucketed, batch_format="pyarrow")
-        .groupby("bucket")
-        .map_groups(partial(templates, **settings), batch_format="pyarrow")
-        .sort("user")
-    )
-    _write(texts.iter_batches(batch_size=GROUP, batch_format="pyarrow"), out)
+    if started := not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(include_dashboard=False, log_to_driver=False)
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        texts = (
+            ray.data.read_parquet(str(events), file_extensions=None)
+            .select_columns(list(SCHEMA))
+            .map_batches(_bucketed, batch_format="pyarrow")
+            .groupby("bucket", num_partitions=PARTITIONS)
+            .map_groups(partial(templates, **settings), batch_format="pyarrow")
+            .sort("user")
+        )
+        _write(texts.iter_batches(batch_size=GROUP, batch_format="pyarrow"), out)
+    finally:
+        if started:
+            ray.shutdown()
 
 
 def whole_users(events: Path) -> Iterator[pa.Table]:
