@@ -98,10 +98,10 @@ def test_ray_writes_the_same_bytes(tmp_path: Path) -> None:
     """The real command in a process of its own; Ray gets the log in another order."""
     pytest.importorskip("ray")
     events = log(200)
-    write(events, tmp_path / "sorted")
-    write(events.sample(fraction=1, shuffle=True, seed=2), tmp_path / "shuffled")
+    write(events, tmp_path / "sorted.parquet")
+    write(events.sample(fraction=1, shuffle=True, seed=2), tmp_path / "shuffled.parquet")
     environment = os.environ | {"RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    for log_name, engine in (("sorted", "local"), ("shuffled", "ray")):
+    for log_name, engine in (("sorted.parquet", "local"), ("shuffled.parquet", "ray")):
         command = [sys.executable, "-m", "ggsm_core.data.bulk", str(tmp_path / log_name)]
         more = ["--out", str(tmp_path / engine), "--anchor", "2017-07-01", "--engine", engine]
         done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=400)

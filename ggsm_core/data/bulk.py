@@ -74,7 +74,7 @@ def on_ray(events: Path, out: Path, **settings: Any) -> None:
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         texts = (
-            ray.data.read_parquet(str(events), file_extensions=None)
+            ray.data.read_parquet(str(events))
             .select_columns(list(SCHEMA))
             .map_batches(_bucketed, batch_format="pyarrow")
             .groupby("bucket", num_partitions=PARTITIONS)
