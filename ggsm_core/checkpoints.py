@@ -8,27 +8,53 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
-class Store:
-    """The last ``keep`` checkpoints of a run, each a folder ``step-N`` with a manifest of checksums."""
+class CheckpointError(ValueError):
+    """A checkpoint that is another run's, or can't be written."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+
+class Store:
+    """The last ``keep`` checkpoints of a run, each a folder ``step-N`` with a manifest.
+
+    The manifest holds the checksum of every file and the ``identity`` of the run: recipe, vocabulary, shape.
+    """
+
+    def __init__(self, folder: Path, keep: int, identity: dict[str, Any]) -> None:
+        self.folder, self.keep, self.identity = folder, keep, identity
 
     def save(self, step: int, state: dict[str, Tensor]) -> None:
-        """Write a checkpoint; a reader sees all of it or nothing."""
+        """Write a checkpoint; a reader sees all of it or nothing.
+
+        Raises ``CheckpointError`` if it can't be written, as on a full disk; earlier checkpoints stay.
+        """
+        partial = self.folder / f".partial-{step}"
+        try:
+            self._write(partial, step, state)
+        except (OSError, SafetensorError) as problem:
+            shutil.rmtree(partial, ignore_errors=True)
+            kept = ", ".join(f"step-{n}" for n in self._steps()) or "none"
+            raise CheckpointError(
+                f"checkpoint step-{step}: can't be written ({problem}). Make room where {self.folder} lies "
+                f"and start again; training goes on from what is kept there: {kept}"
+            ) from problem
+
+    def _write(self, partial: Path, step: int, state: dict[str, Tensor]) -> None:
+        final = self.folder / f"step-{step}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial, final = self.folder / f".partial-{step}", self.folder / f"step-{step}"
-        shutil.rmtree(partial, ignore_errors=True)
+        for abandoned in self.folder.glob(".partial-*"):
+            shutil.rmtree(abandoned)
         partial.mkdir()
         weights = partial / "state.safetensors"
         save_file({k: v.detach().contiguous().clone() for k, v in state.items()}, weights)
-        (partial / "manifest.json").write_text(json.dumps({weights.name: _sha256(weights)}), encoding="utf-8")
+        manifest = {"identity": self.identity, "files": {weights.name: _sha256(weights)}}
+        (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             _fsync(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -38,18 +64,37 @@ class Store:
             shutil.rmtree(self.folder / f"step-{old}")
 
     def latest(self) -> dict[str, Tensor] | None:
-        """The newest whole checkpoint, or None. A torn one is named on stderr and passed over."""
+        """The newest whole checkpoint, or None. A torn one is named on stderr and passed over.
+
+        Raises ``CheckpointError`` for another run's: going on would delete it.
+        """
         for step in reversed(self._steps()):
             folder = self.folder / f"step-{step}"
             try:
                 manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-                torn = [name for name, digest in manifest.items() if _sha256(folder / name) != digest]
-            except (OSError, ValueError) as error:
+                identity, files = manifest["identity"], {"state.safetensors": None} | manifest["files"]
+                torn = [name for name, digest in files.items() if _sha256(folder / name) != digest]
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 torn = [str(error)]
-            if not torn:
-                return load_file(folder / "state.safetensors")
-            print(f"checkpoint {folder.name}: torn ({', '.join(torn)}), passed over", file=sys.stderr)
+            if torn:
+                print(f"checkpoint {folder.name}: torn ({', '.join(torn)}), passed over", file=sys.stderr)
+                continue
+            self._check_identity(folder, identity)
+            return load_file(folder / "state.safetensors")
         return None
+
+    def _check_identity(self, folder: Path, found: dict[str, Any]) -> None:
+        expected = json.loads(json.dumps(self.identity))
+        other = [
+            f"{name} {found.get(name)!r}, here {expected.get(name)!r}"
+            for name in sorted(expected.keys() | found.keys())
+            if found.get(name) != expected.get(name)
+        ]
+        if other:
+            raise CheckpointError(
+                f"checkpoint {folder}: of another run ({'; '.join(other)}); move it away, or go on with its "
+                "own profile"
+            )
 
     def remove(self) -> None:
         """Delete all checkpoints."""
@@ -57,12 +102,6 @@ class Store:
 
     def _steps(self) -> list[int]:
         return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
-
-
-def keep_lines(path: Path, count: int) -> None:
-    """Cut a per-step log back to its first ``count`` lines: those of the steps that a resume builds on."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(lines[:count]), encoding="utf-8")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -193,7 +193,8 @@ class UserEncoder(nn.Module):
                 inputs_embeds=hidden, attention_mask=bias, position_ids=positions(valid), use_cache=False
             ).last_hidden_state
         row = torch.arange(len(states), device=states.device)
-        read = states[row, read_out].float()
+        read = states[row, read_out]
+        read = read.to(torch.promote_types(read.dtype, torch.float32))
         finite = torch.isfinite(read).all(1)
         if not bool(finite.all()):
             raise NotFinite(

@@ -186,6 +186,12 @@ class Training(Section):
 
     total_steps: int = _field(60, "T_total", "steps", ge=1)
     batch_size: int = _field(192, "global batch B, over all processes", "pairs", ge=2)
+    micro_batch: int | None = _field(
+        None,
+        "encode so many pairs at a time (GradCache), for a batch larger than memory; null: all",
+        "pairs",
+        ge=1,
+    )
     learning_rate: float = _field(1e-3, "peak, cosine decay to 0", gt=0.0)
     lr_warm_share: float = _field(0.1, "share of steps with linearly rising learning rate", ge=0.0, lt=1.0)
     weight_decay: float = _field(0.01, "AdamW", ge=0.0)
@@ -198,6 +204,7 @@ class Training(Section):
     max_grad_norm: float = _field(1.0, "gradient clipping", gt=0.0)
     checkpoint_every: int = _field(20, "steps between checkpoints", "steps", ge=1)
     keep_checkpoints: int = _field(2, "the last K are kept", "checkpoints", ge=1)
+    timeout_seconds: int = _field(600, "an unanswered process ends the run after", "seconds", ge=1)
     precision: Literal["fp32", "bf16"] = _field("fp32", "autocast precision")
     answer_mask: Literal["same", "causal", "bidirectional"] = _field(
         "same", "mask of the answer tower; same = the scalar mean of the left tower's weights"

@@ -1,8 +1,10 @@
 """The contrastive loop: batches, guidance, large cached batches, checkpoints (Sec. 4-5).
 
 One step: choose B pairs, ask the recipe for guidance weights, encode both towers, gather all embeddings,
-InfoNCE over the global batch, one gradient synchronisation, AdamW. Batches are a pure function of
-(seed, step), so a resumed run sees what an undisturbed one would have seen.
+InfoNCE over the global batch, one gradient synchronisation, AdamW. Batches are a pure function of (seed,
+step) and dropout of (seed, step, row), so a resumed run, one in micro-batches and one on another number of
+processes are the same run. There is no short last batch: one that begins in an epoch's last samples ends in
+the next epoch's first.
 
     python -m ggsm_core.training --profile params/quick.yaml --recipe ggsm --seed 0
 
@@ -12,107 +14,34 @@ Shapes: B global batch, b this process's share of it, L length, d hidden size.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from safetensors.numpy import load_file as load_numpy
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from ggsm_core import checkpoints, guidance, masks, recipes
-from ggsm_core.loss import Negatives, info_nce_rows
-from ggsm_core.model import Output, UserEncoder, load_decoder
-from ggsm_core.template import SEGMENTS, Batch, collate
-from ggsm_core.tokens import Progress, Sequences
+from ggsm_core import checkpoints, dropout, gradcache, guidance, masks, recipes, telemetry
+from ggsm_core.batches import Chunk, PairBatch, Pairs, chunks, feature_size, split
+from ggsm_core.distributed import Shares, TrainingError, answered, joined
+from ggsm_core.loss import LossError, info_nce_rows
+from ggsm_core.model import NotFinite, Output, UserEncoder, load_decoder
+from ggsm_core.template import SEGMENTS
+from ggsm_core.tokens import Progress
 
 
-class TrainingError(RuntimeError):
-    """Training that can't start, or must not go on."""
-
-
-@dataclass(frozen=True)
-class PairBatch:
-    """b pairs: both towers' sequences, and who may not be a negative of whom (Long[b])."""
-
-    user: Batch
-    answer: Batch
-    user_ids: Tensor
-    answer_ids: Tensor
-
-
-class Pairs:
-    """The training pairs, and which of them make batch t."""
-
-    def __init__(self, tokens: Path, texts: Path, batch_size: int, seed: int) -> None:
-        self.users, self.answers = (
-            Sequences.load(tokens, "train_users"),
-            Sequences.load(tokens, "train_answers"),
-        )
-        index = pl.read_parquet(tokens / "pairs.parquet").with_row_index("row")
-        self.user_ids, self.answer_ids = index["user_id"].to_numpy(), index["answer_id"].to_numpy()
-        self._of_sample = [
-            np.array(rows) for rows in index.group_by("sample", maintain_order=True).agg("row")["row"]
-        ]
-        self.feature_of = features(texts)
-        self.batch_size, self.seed = batch_size, seed
-        if len(self._of_sample) < batch_size:
-            raise TrainingError(
-                f"training.batch_size: {batch_size} is above the {len(self._of_sample)} training samples"
-            )
-
-    def rows(self, step: int) -> np.ndarray:
-        """Int64[B]: the pairs of batch ``step``. Every sample comes once an epoch, with one of its answers.
-
-        One granularity a batch: with several, InfoNCE is soon solved by telling kinds of answers apart. A
-        batch that begins in one epoch and ends in the next may hold a sample twice; its rows share the user
-        and are no negatives of each other.
-        """
-        count = len(self._of_sample)
-        chosen = []
-        for place in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, offset = divmod(place, count)
-            sample = self._order(epoch)[offset]
-            options = self._of_sample[sample]
-            # Shifted every epoch, so that a sample meets all its answers however many steps an epoch has.
-            chosen.append(options[(step + epoch) % len(options)])
-        return np.array(chosen)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if getattr(self, "_cached", (None,))[0] != epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self._of_sample))
-            self._cached = (epoch, order)
-        return self._cached[1]
-
-    def batch(self, rows: np.ndarray, pad_id: int) -> PairBatch:
-        """Collate the pairs in ``rows``."""
-        return PairBatch(
-            collate([self.users[i] for i in rows], pad_id, self.feature_of),
-            collate([self.answers[i] for i in rows], pad_id),
-            torch.from_numpy(self.user_ids[rows]),
-            torch.from_numpy(self.answer_ids[rows].astype(np.int64)),
-        )
-
-
-def features(texts: Path) -> Callable[[str], np.ndarray]:
-    """Record text -> Float[F], from the run that encoded them."""
-    names = json.loads((texts / "texts.json").read_text(encoding="utf-8"))
-    table = load_numpy(texts / "texts.safetensors")["features"]
-    index = {name: i for i, name in enumerate(names)}
-    return lambda text: table[index[text]]
-
-
-def feature_size(texts: Path) -> int:
-    """F."""
-    return int(load_numpy(texts / "texts.safetensors")["features"].shape[1])
+class Diverged(TrainingError):
+    """A loss or gradient that is not finite, or a loss that has exploded."""
 
 
 def build_encoder(params: Any, inputs: dict[str, Path]) -> UserEncoder:
@@ -141,24 +70,54 @@ def build_encoder(params: Any, inputs: dict[str, Path]) -> UserEncoder:
 class Towers(nn.Module):
     """Both towers in one forward pass, so that data parallelism synchronises once."""
 
-    def __init__(self, encoder: UserEncoder) -> None:
+    def __init__(self, encoder: UserEncoder, seed: int) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.seed = encoder, seed
+        self.drops = dropout.used_by(encoder, encoder.decoder.config)
 
     def forward(
-        self, pairs: PairBatch, step: int, weights: Tensor | None, site: str | None, causal: bool
+        self,
+        pairs: PairBatch,
+        step: int,
+        weights: Tensor | None,
+        level: Tensor | None,
+        site: str | None,
+        causal: bool,
     ) -> tuple[Output, Output]:
-        """User and answer outputs of b pairs."""
-        level = None
-        if weights is not None:
-            # Answers have no weights of their own: the scalar mean of the left tower's (reading note 7).
-            level = weights[pairs.user.valid].mean() * torch.ones_like(
-                pairs.answer.valid, dtype=weights.dtype
-            )
-        return (
-            self.encoder(pairs.user, tower="user", step=step, weights=weights, site=site, causal=causal),
-            self.encoder(pairs.answer, tower="answer", step=step, weights=level, causal=causal),
+        """User and answer outputs of some pairs.
+
+        ``weights``: Float[., L] of the user tower. Answers have none of their own: ``level``, the scalar mean
+        of the left tower's over the global batch (reading note 7).
+        """
+        answer_weights = (
+            None if level is None else level * torch.ones_like(pairs.answer.valid, dtype=level.dtype)
         )
+        with self._dropout(step, 0, pairs):
+            user = self.encoder(
+                pairs.user, tower="user", step=step, weights=weights, site=site, causal=causal
+            )
+        with self._dropout(step, 1, pairs):
+            answer = self.encoder(
+                pairs.answer, tower="answer", step=step, weights=answer_weights, causal=causal
+            )
+        return user, answer
+
+    def attention(self, pairs: PairBatch, step: int) -> Tensor:
+        """Float[., L]: what the user's read-out attends to, where guidance takes attention for its source."""
+        with self._dropout(step, 0, pairs):
+            return self.encoder.attention_of_read_out(pairs.user)
+
+    def _dropout(self, step: int, tower: int, pairs: PairBatch) -> AbstractContextManager[None]:
+        return dropout.by_row(self.seed, step, tower, pairs.rows) if self.drops else nullcontext()
+
+
+@dataclass
+class Guide:
+    """Guidance of a batch: weights Float[., L] of each micro-batch, their mean over B, and how they look."""
+
+    weights: list[Tensor | None]
+    level: Tensor | None
+    diagnosis: dict[str, Any]
 
 
 class Trainer:
@@ -166,17 +125,16 @@ class Trainer:
 
     def __init__(self, encoder: UserEncoder, pairs: Pairs, params: Any) -> None:
         self.params, self.pairs = params, pairs
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if params.training.precision == "bf16" else "no",
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        )
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        if params.training.batch_size % world:
-            raise TrainingError(
-                f"training.batch_size: {world} processes can't share {params.training.batch_size} evenly"
+        seconds = params.training.timeout_seconds
+        with answered(seconds):
+            self.accelerator = Accelerator(
+                mixed_precision="bf16" if params.training.precision == "bf16" else "no",
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(find_unused_parameters=True),
+                    InitProcessGroupKwargs(timeout=timedelta(seconds=seconds)),
+                ],
             )
-        share = params.training.batch_size // world
-        self.own = slice(rank * share, (rank + 1) * share)
+        self.shares = Shares(self.accelerator, params.training.batch_size)
         self.encoder = encoder
         decay = [p for p in encoder.parameters() if p.requires_grad and p.ndim > 1]
         plain = [p for p in encoder.parameters() if p.requires_grad and p.ndim <= 1]
@@ -188,108 +146,160 @@ class Trainer:
             lr=params.training.learning_rate,
             betas=(0.9, params.training.adam_beta2),
         )
-        self.towers = self.accelerator.prepare(Towers(encoder))
+        self.towers = self.accelerator.prepare(Towers(encoder, params.seed))
         self.frozen_tower: UserEncoder | None = None
         self.step = 0
 
     # ------------------------------------------------------------------ one step
 
     def train_step(self) -> dict[str, Any]:
-        """One optimizer step; returns its metrics."""
+        """One optimizer step; returns its metrics.
+
+        Raises:
+            Diverged: the loss or a gradient isn't finite, or the loss has exploded. Nothing is updated.
+            TrainingError: another process is gone or hangs.
+        """
+        try:
+            with answered(self.params.training.timeout_seconds):
+                return self._train_step()
+        except (NotFinite, LossError, guidance.GuidanceError) as problem:
+            raise Diverged(f"step {self.step}: {problem}") from problem
+
+    def _train_step(self) -> dict[str, Any]:
         begin, step = time.monotonic(), self.step
         self.encoder.train()
-        pairs = self._batch(step)
-        weights, diagnosis = self._guide(pairs, step)
+        parts = self._chunks(step)
+        guide = self._guide(parts, step)
         recipe = self.encoder.recipe
         learner = recipe if isinstance(recipe, recipes.Guided) and recipe.wants_norms(step) else None
-        user, answer = self.towers(pairs, step, weights, learner and learner.options.grad_site, False)
-        if learner:
-            user.site.retain_grad()
-        loss, negatives, similarity = self._loss(user.embedding, answer.embedding, pairs, step)
-        if not math.isfinite(float(loss.detach())):
-            raise TrainingError(f"loss: {float(loss.detach())} at step {step}; lower training.learning_rate")
+        site = learner.options.grad_site if learner else None
+
+        def encode(chunk: Chunk) -> tuple[Output, Output]:
+            return self.towers(chunk.pairs, step, guide.weights[chunk.number], guide.level, site, False)
+
+        passes = gradcache.TwoPasses(encode, parts)
+        gradients, metrics = self._objective(*passes.first(), step)
         self.optimizer.zero_grad()
-        # DDP averages over processes; every process holds the whole loss with gradient for its own rows only.
-        self.accelerator.backward(loss * self.accelerator.num_processes)
+        norms: list[Tensor] = []
+        seen: list[tuple[float, ...]] = []
+        for chunk in parts:
+            with self._synchronised(chunk is parts[-1]):
+                user, answer = passes.second(chunk)
+                if learner:
+                    assert user.site is not None
+                    user.site.retain_grad()
+                loss = gradcache.surrogate((user, answer), self._of(chunk, gradients))
+                # DDP averages over processes; each goes backwards from its own rows of the whole loss.
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+            if learner:
+                norms.append(guidance.norms_of(_gradient(user.site)) / self.accelerator.num_processes)
+            seen.append(_seen(user, answer))
         if learner:
-            norms = guidance.norms_of(user.site.grad) / self.accelerator.num_processes
-            learner.remember(*self._everyones(norms, pairs.user.valid))
-            self._freeze(learner, learner.weigh(norms, pairs.user.valid, step), pairs, step)
-        norm = self.accelerator.clip_grad_norm_(self.encoder.parameters(), self.params.training.max_grad_norm)
+            weights = [learner.weigh(n, c.pairs.user.valid, step) for n, c in zip(norms, parts, strict=True)]
+            every_norm, every_weight, valid, segments = self._everyones(parts, norms, weights)
+            learner.remember(every_norm, valid)
+            self._freeze(learner, every_weight, valid, segments, step)
+        metrics |= self._update(step)
+        self.step += 1
+        return {"step": step, **metrics, **self._speed(seen, begin), **guide.diagnosis}
+
+    def _chunks(self, step: int) -> list[Chunk]:
+        """This process's rows of batch ``step``, in micro-batches."""
+        rows = self.pairs.rows(step)
+
+        def load(part: slice) -> PairBatch:
+            return self.pairs.batch(rows, self.encoder.ids["<pad>"], part).to(self.accelerator.device)
+
+        return chunks(self.shares.own, self.params.training.micro_batch, load)
+
+    def _objective(
+        self, user: Tensor, answer: Tensor, step: int
+    ) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+        """Gradients Float[b, d] of the global batch's loss in this process's embeddings, and its metrics.
+
+        Every process computes all B rows (a B x B product is cheap), so the gradient of other rows' terms
+        with respect to ours needs no communication. With micro-batches the rows are taken as many at a time.
+        """
+        objective, rows = self.params.objective, self.pairs.rows(step)
+        users, answers = (self.shares.gather(own).requires_grad_() for own in (user, answer))  # Float[B, d]
+        answer_ids, user_ids = (
+            ids[rows].to(users.device) for ids in (self.pairs.answer_ids, self.pairs.user_ids)
+        )
+        total, counted = 0.0, np.zeros(4)
+        for part in split(slice(0, len(rows)), self.params.training.micro_batch):
+            losses, negatives = info_nce_rows(
+                users,
+                answers,
+                temperature=objective.temperature,
+                margin=objective.margin if step >= objective.margin_from else None,
+                same_side=objective.same_side,
+                answer_ids=answer_ids,
+                user_ids=user_ids,
+                rows=part,
+            )
+            loss = losses.sum() / len(rows)
+            loss.backward()
+            total += float(loss.detach())
+            counted += np.array(dataclasses.astuple(negatives)) * len(losses) / len(rows)
+        self._check_loss(total, len(rows))
+        names = ("true_negatives", "masked_user_answer", "masked_user_user", "masked_answer_answer")
+        return (_gradient(users)[self.shares.own], _gradient(answers)[self.shares.own]), {
+            "loss": total,
+            **_similarities(users.detach(), answers.detach()),
+            **dict(zip(names, counted.tolist(), strict=True)),
+        }
+
+    def _check_loss(self, loss: float, batch: int) -> None:
+        """Raise ``Diverged`` for a loss that no training on its way down has.
+
+        Cosines bound it by 2 / tau + log(3B). Half of the way, 1 / tau + log(3B), means that negatives lie
+        nearer than the positives by a cosine of 1: training runs against its objective.
+        """
+        limit = 1 / self.params.objective.temperature + math.log(3 * batch)
+        if not loss <= limit:
+            raise Diverged(
+                f"step {self.step}: loss {loss:.4g} is not below {limit:.4g} (1 / tau + log 3B); "
+                "lower training.learning_rate"
+            )
+
+    def _update(self, step: int) -> dict[str, Any]:
+        """Clip, set the learning rate, step."""
+        norm = float(
+            self.accelerator.clip_grad_norm_(self.encoder.parameters(), self.params.training.max_grad_norm)
+        )
+        if not math.isfinite(norm):
+            raise Diverged(f"step {step}: gradient norm {norm}; lower training.learning_rate")
         rate = self._learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        self.step += 1
-        seconds = time.monotonic() - begin
-        tokens = int(pairs.user.valid.sum() + pairs.answer.valid.sum()) * self.accelerator.num_processes
+        return {"gradient_norm": norm, "learning_rate": rate}
+
+    def _speed(self, seen: list[tuple[float, ...]], begin: float) -> dict[str, Any]:
+        """Mean visibility, and how fast the step was, over all processes."""
+        shown, future, tokens, rows = self.shares.total(*np.sum(seen, axis=0))
+        seconds, device = time.monotonic() - begin, self.accelerator.device
+        config, decoder = self.encoder.decoder.config, self.encoder.decoder
+        flops = telemetry.training_flops(decoder, config, int(tokens), tokens / rows)
+        kind = torch.bfloat16 if self.params.training.precision == "bf16" else torch.float32
+        peak = telemetry.matmul_flops(device, kind) * self.accelerator.num_processes
         return {
-            "step": step,
-            "loss": float(loss.detach()),
-            "positive": similarity[0],
-            "negative": similarity[1],
-            "true_negatives": negatives.kept,
-            "masked_user_answer": negatives.masked_user_answer,
-            "masked_user_user": negatives.masked_user_user,
-            "masked_answer_answer": negatives.masked_answer_answer,
-            "visibility": masks.mean_visibility(user.visibility, user.valid),
-            "gradient_norm": float(norm),
-            "learning_rate": rate,
+            "visibility": shown / max(future, 1.0),
             "seconds": round(seconds, 4),
             "tokens_per_second": round(tokens / seconds, 1),
-            **diagnosis,
+            "mfu": round(flops / seconds / peak, 4),
+            "peak_memory_mib": telemetry.peak_memory_mib(device),
         }
 
-    def _batch(self, step: int) -> PairBatch:
-        pairs = self.pairs.batch(self.pairs.rows(step)[self.own], self.encoder.ids["<pad>"])
-        device = self.accelerator.device
-        return PairBatch(
-            pairs.user.to(device),
-            pairs.answer.to(device),
-            pairs.user_ids.to(device),
-            pairs.answer_ids.to(device),
-        )
+    def _of(self, chunk: Chunk, gradients: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The rows Float[., d] of ``chunk`` in this process's Float[b, d]."""
+        first = self.shares.own.start
+        here = slice(chunk.part.start - first, chunk.part.stop - first)
+        return gradients[0][here], gradients[1][here]
 
-    def _loss(
-        self, user: Tensor, answer: Tensor, pairs: PairBatch, step: int
-    ) -> tuple[Tensor, Negatives, tuple[float, float]]:
-        """The loss of the global batch, with gradient for this process's rows.
-
-        Every process computes all B rows (a B x B product is cheap), so the gradient of other rows' terms
-        with respect to ours needs no communication.
-        """
-        objective = self.params.objective
-        user_all, answer_all = self._with_gradient(user), self._with_gradient(answer)
-        rows, negatives = info_nce_rows(
-            user_all,
-            answer_all,
-            temperature=objective.temperature,
-            margin=objective.margin if step >= objective.margin_from else None,
-            same_side=objective.same_side,
-            answer_ids=self.accelerator.gather(pairs.answer_ids),
-            user_ids=self.accelerator.gather(pairs.user_ids),
-        )
-        with torch.no_grad():
-            cosine = user_all @ answer_all.T
-            positive = float(cosine.diagonal().mean())
-            negative = float((cosine.sum() - cosine.diagonal().sum()) / (cosine.numel() - len(cosine)))
-        return rows.mean(), negatives, (positive, negative)
-
-    def _with_gradient(self, own: Tensor) -> Tensor:
-        """Float[B, d] from Float[b, d]: everyone's rows, ours still attached to their graph."""
-        if self.accelerator.num_processes == 1:
-            return own
-        everyone = self.accelerator.gather(own.detach())
-        return torch.cat([everyone[: self.own.start], own, everyone[self.own.stop :]])
-
-    def _everyones(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Gather Float/Bool/Long[b, L] over processes, padded to one length on the right."""
-        # accelerate makes int64 of a bool that it pads, and pads on the process with the shorter batch alone.
-        padded = [
-            self.accelerator.pad_across_processes(t.contiguous(), dim=1, pad_index=0).to(t.dtype)
-            for t in tensors
-        ]
-        return tuple(self.accelerator.gather(t) for t in padded)
+    def _synchronised(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients are summed over processes once a step, after the last micro-batch."""
+        return nullcontext() if last else self.accelerator.no_sync(self.towers)
 
     def _learning_rate(self, step: int) -> float:
         training = self.params.training
@@ -301,57 +311,77 @@ class Trainer:
 
     # ------------------------------------------------------------------ guidance
 
-    def _guide(self, pairs: PairBatch, step: int) -> tuple[Tensor | None, dict[str, Any]]:
-        """Guidance weights Float[b, L] of this batch, for recipes that use them, and what they look like."""
+    def _guide(self, parts: list[Chunk], step: int) -> Guide:
+        """Guidance weights of this batch, for recipes that use them, and what they look like."""
         recipe = self.encoder.recipe
         if not isinstance(recipe, recipes.Guided):
-            return None, {}
-        valid, segments = pairs.user.valid, pairs.user.segments
-        norms = None
-        if recipe.wants_probe(step):
-            norms = self._probe(pairs, step)
-            weights = recipe.weigh(norms, valid, step)
+            return Guide([None] * len(parts), None, {})
+        if probed := recipe.wants_probe(step):
+            norms = self._probe(parts, step)
+            own = [recipe.weigh(n, c.pairs.user.valid, step) for n, c in zip(norms, parts, strict=True)]
         else:
-            weights = recipe.recall(valid, segments, step)
-        if norms is not None:
-            self._freeze(recipe, weights, pairs, step)
-        everyones, all_valid, all_segments = self._everyones(weights, valid, segments)
-        seen = guidance.diagnose(weights if norms is None else norms, weights, valid)
-        length = int(all_valid.sum(1).max())
-        return weights, {
-            "guidance_mean": seen.mean,
-            "guidance_spread": seen.spread,
-            "guidance_silent": seen.silent_share if norms is not None else None,
-            "weights_by_position": _rounded(guidance.by_position(everyones, all_valid, length)),
-            "weights_by_segment": _rounded(
-                guidance.by_segment(everyones, all_valid, all_segments, len(SEGMENTS))
-            ),
-        }
+            own = [recipe.recall(c.pairs.user.valid, c.pairs.user.segments, step) for c in parts]
+            norms = own
+        every_norm, weights, valid, segments = self._everyones(parts, norms, own)
+        if probed:
+            self._freeze(recipe, weights, valid, segments, step)
+        seen = guidance.diagnose(every_norm, weights, valid)
+        by_position = guidance.by_position(weights, valid, int(valid.sum(1).max()))
+        return Guide(
+            [*own],
+            weights[valid].mean(),
+            {
+                "guidance_mean": seen.mean,
+                "guidance_spread": seen.spread,
+                "guidance_silent": seen.silent_share if probed else None,
+                "weights_by_position": _rounded(by_position),
+                "weights_by_segment": _rounded(guidance.by_segment(weights, valid, segments, len(SEGMENTS))),
+            },
+        )
 
-    def _freeze(self, recipe: recipes.Guided, weights: Tensor, pairs: PairBatch, step: int) -> None:
-        """At t = T_warm - 1 keep the weights Float[b, L] of L_warm, from all processes."""
+    def _everyones(self, parts: list[Chunk], *own: list[Tensor]) -> tuple[Tensor, ...]:
+        """[B, L] each: ``own`` of this process's micro-batches, then ``valid`` and ``segments``."""
+        users = [chunk.pairs.user for chunk in parts]
+        layout = ([user.valid for user in users], [user.segments for user in users])
+        return tuple(self.shares.gather(joined(rows)) for rows in (*own, *layout))
+
+    def _freeze(
+        self, recipe: recipes.Guided, weights: Tensor, valid: Tensor, segments: Tensor, step: int
+    ) -> None:
+        """At t = T_warm - 1 keep the weights Float[B, L] of L_warm."""
         if step != recipe.options.warm_steps - 1:
             return
-        recipe.freeze(*self._everyones(weights, pairs.user.valid, pairs.user.segments))
+        recipe.freeze(weights, valid, segments)
         if recipe.options.freeze == "tower":
             self.frozen_tower = self._snapshot()
 
-    def _probe(self, pairs: PairBatch, step: int) -> Tensor:
-        """Float[b, L]: gradient norms of a pass under the causal mask (reading note 3).
+    def _probe(self, parts: list[Chunk], step: int) -> list[Tensor]:
+        """Gradient norms Float[., L] of a pass under the causal mask (reading note 3).
 
-        In warm-up the encoder itself is probed; after it, with ``freeze: tower``, the frozen snapshot.
-        Random state is forked, so that the training pass does not depend on whether it was probed.
+        In warm-up the encoder itself is probed; after it, with ``freeze: tower``, the frozen snapshot. In
+        micro-batches the guidance gradient is that of the second pass: the surrogate makes it the loss's own.
+        What the probe drops, the training pass drops.
         """
-        recipe = self.encoder.recipe
-        if recipe.options.source == "attention":
-            with torch.random.fork_rng(), torch.no_grad(), self.accelerator.autocast():
-                return (self.frozen_tower or self.encoder).attention_of_read_out(pairs.user)
-        towers = Towers(self.frozen_tower or self.encoder)
-        # The training pass runs in autocast by itself: accelerate wraps it. This one does not go through it.
-        with torch.random.fork_rng(), self.accelerator.autocast():
-            user, answer = towers(pairs, step, None, recipe.options.grad_site, True)
-        loss, _, _ = self._loss(user.embedding, answer.embedding, pairs, step)
-        return guidance.gradient_norms(loss, user.site)
+        towers = Towers(self.frozen_tower or self.encoder, self.params.seed)
+        options = self.encoder.recipe.options
+        if options.source == "attention":
+            with torch.no_grad(), self.accelerator.autocast():
+                return [towers.attention(chunk.pairs, step) for chunk in parts]
+
+        def encode(chunk: Chunk) -> tuple[Output, Output]:
+            # The training pass runs in autocast by itself: accelerate wraps it. This one goes past it.
+            with self.accelerator.autocast():
+                return towers(chunk.pairs, step, None, None, options.grad_site, True)
+
+        passes = gradcache.TwoPasses(encode, parts)
+        gradients, _ = self._objective(*passes.first(), step)
+        norms = []
+        for chunk in parts:
+            outputs = passes.second(chunk)
+            loss = gradcache.surrogate(outputs, self._of(chunk, gradients))
+            assert outputs[0].site is not None
+            norms.append(guidance.gradient_norms(loss, outputs[0].site))
+        return norms
 
     def _snapshot(self) -> UserEncoder:
         """A frozen copy of the encoder at the end of warm-up."""
@@ -360,12 +390,12 @@ class Trainer:
     # ------------------------------------------------------------------ checkpoints
 
     def state(self) -> dict[str, Tensor]:
-        """All that a resume needs, as tensors."""
+        """All that a resume needs, as tensors. No random state: a draw is a function of (seed, step, row)."""
         state = {f"encoder.{k}": v for k, v in self.encoder.trained_state().items()}
         state |= {f"optimizer.{k}": v for k, v in checkpoints.optimizer_tensors(self.optimizer).items()}
         if self.frozen_tower is not None:
             state |= {f"frozen_tower.{k}": v for k, v in self.frozen_tower.trained_state().items()}
-        return state | {"random": torch.get_rng_state(), "step": torch.tensor(self.step)}
+        return state | {"step": torch.tensor(self.step)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of ``state``."""
@@ -378,8 +408,48 @@ class Trainer:
         if frozen := part("frozen_tower."):
             self.frozen_tower = self._snapshot()
             self.frozen_tower.load_trained_state(frozen)
-        torch.set_rng_state(state["random"])
         self.step = int(state["step"])
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must have been made with to be this run's."""
+        encoder, config = self.encoder, self.encoder.decoder.config
+        names = sorted(encoder.tokenizer.get_vocab().items())
+        return {
+            "recipe": encoder.recipe.name,
+            "options": encoder.recipe.options.model_dump(mode="json"),
+            "seed": self.params.seed,
+            "vocabulary": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12],
+            "shape": [config.num_hidden_layers, config.hidden_size, config.vocab_size, encoder.features],
+            "lora": encoder.lora.model_dump() if encoder.lora is not None else None,
+        }
+
+    def keep_batch(self, folder: Path, reason: str) -> None:
+        """Write this process's rows of the batch of the present step, and which samples they are."""
+        rows = self.pairs.rows(self.step)
+        pairs = self.pairs.batch(rows, self.encoder.ids["<pad>"], self.shares.own)
+        samples = self.pairs.samples[rows[self.shares.own]].tolist()
+        told = {"step": self.step, "reason": reason, "rows": pairs.rows.tolist(), "samples": samples}
+        telemetry.save_batch(folder, {"user": pairs.user, "answer": pairs.answer}, told)
+
+
+def _gradient(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None and tensor.grad is not None
+    return tensor.grad
+
+
+def _similarities(user: Tensor, answer: Tensor) -> dict[str, float]:
+    """Mean cosine of the positives, and of all other pairs of a user and an answer."""
+    positive, batch = float((user * answer).sum()), len(user)
+    every = float(user.sum(0) @ answer.sum(0))
+    return {"positive": positive / batch, "negative": (every - positive) / max(batch * (batch - 1), 1)}
+
+
+def _seen(user: Output, answer: Output) -> tuple[float, float, float, int]:
+    """Of one micro-batch: visibility summed over future pairs, their number, tokens, sequences."""
+    count = user.valid.sum(1)
+    future = float((count * (count - 1) // 2).sum())
+    shown = masks.mean_visibility(user.visibility, user.valid) * future
+    return shown, future, float(user.valid.sum() + answer.valid.sum()), 2 * len(count)
 
 
 def _rounded(values: Tensor) -> list[float]:
@@ -389,29 +459,42 @@ def _rounded(values: Tensor) -> list[float]:
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
     """Stage ``contrast``: train under ``params.recipe`` and save the encoder.
 
-    ``out`` may hold the checkpoints of an interrupted run; training goes on from the last whole one.
+    ``out`` may hold the checkpoints of an interrupted run; training goes on from the last whole one. Over
+    several machines it lies in a folder that all of them see.
+
+    Raises:
+        Diverged: with the batch kept in ``out/diverged``.
+        checkpoints.CheckpointError: a checkpoint of another run, or no room for one.
+        TrainingError: a process that is gone, hangs or sees another folder; more processes than pairs.
     """
     training = params.training
     pairs = Pairs(inputs["tokens"], inputs["texts"], training.batch_size, params.seed)
     trainer = Trainer(build_encoder(params, inputs), pairs, params)
-    main = trainer.accelerator.is_main_process
-    store = checkpoints.Store(out / "checkpoints", keep=training.keep_checkpoints)
+    main, rank = trainer.accelerator.is_main_process, trainer.accelerator.process_index
+    store = checkpoints.Store(out / "checkpoints", training.keep_checkpoints, trainer.identity())
     resumed = store.latest()
     if resumed is not None:
         trainer.load_state(resumed)
         progress(trainer.step, training.total_steps, f"resumed at step {trainer.step}")
-    log = out / "metrics.jsonl"
-    if main:
-        checkpoints.keep_lines(log, trainer.step)
-    while trainer.step < training.total_steps:
-        metrics = trainer.train_step()
-        if main:
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
-            progress(trainer.step, training.total_steps, f"loss {metrics['loss']:.3f}")
-            if trainer.step % training.checkpoint_every == 0 and trainer.step < training.total_steps:
-                store.save(trainer.step, trainer.state())
-    if main:
+    with answered(training.timeout_seconds):
+        trainer.shares.agree(trainer.step, "checkpoints: step to resume at")
+    log = telemetry.Log(out, trainer.step) if main else None
+    with telemetry.tracing(rank) as advance:
+        while trainer.step < training.total_steps:
+            try:
+                metrics = trainer.train_step()
+            except Diverged as problem:
+                folder = out / "diverged" / f"rank-{rank}"
+                trainer.keep_batch(folder, str(problem))
+                raise Diverged(f"{problem}; its batch is kept in {folder}") from problem
+            advance()
+            if log is not None:
+                log.write(metrics)
+                progress(trainer.step, training.total_steps, f"loss {metrics['loss']:.3f}")
+                if trainer.step % training.checkpoint_every == 0 and trainer.step < training.total_steps:
+                    store.save(trainer.step, trainer.state())
+    if log is not None:
+        log.close()
         trainer.encoder.save(out)
         store.remove()
 

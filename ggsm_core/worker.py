@@ -40,6 +40,10 @@ class StaleCode(ValueError):
     """The code is no longer what the run's id was computed from."""
 
 
+class NoRendezvous(ValueError):
+    """The processes of a distributed launch do not find each other."""
+
+
 class Declared:
     """The parameters that a stage declares, typed; everything else raises ``Undeclared``."""
 
@@ -232,7 +236,16 @@ def _gate() -> Any:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    store, _, _ = next(iter(rendezvous("env://")))
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    seconds = int(os.environ.get("GGSM_RENDEZVOUS_SECONDS", "60"))
+    try:
+        store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=seconds))))
+    except (RuntimeError, ValueError) as problem:
+        raise NoRendezvous(
+            f"MASTER_ADDR, MASTER_PORT: process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} did "
+            f"not meet the others at {address} within {seconds} s (GGSM_RENDEZVOUS_SECONDS); check the address, "
+            f"the network and that so many were started ({problem})"
+        ) from problem
     return PrefixStore("ggsm_runs", store)
 
 
@@ -244,7 +257,10 @@ def command_line(stage: str, argv: list[str] | None = None) -> int:
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--seed", type=int, help="default: the profile's first")
+    parser.add_argument("--profile-trace", type=Path, help="folder for a profiler's trace of a few steps")
     arguments = parser.parse_args(argv)
+    if arguments.profile_trace is not None:
+        os.environ["GGSM_PROFILE_TRACE"] = str(arguments.profile_trace)
 
     def action() -> int:
         run = together(arguments.profile, stage, arguments.recipe, arguments.seed)
