@@ -242,9 +242,9 @@ def _gate() -> Any:
         store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=seconds))))
     except (RuntimeError, ValueError) as problem:
         raise NoRendezvous(
-            f"MASTER_ADDR, MASTER_PORT: process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} did "
-            f"not meet the others at {address} within {seconds} s (GGSM_RENDEZVOUS_SECONDS); check the address, "
-            f"the network and that so many were started ({problem})"
+            f"MASTER_ADDR, MASTER_PORT: process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} "
+            f"did not meet the others at {address} within {seconds} s (GGSM_RENDEZVOUS_SECONDS); check the "
+            f"address, the network and that so many were started ({problem})"
         ) from problem
     return PrefixStore("ggsm_runs", store)
 

@@ -136,15 +136,15 @@ def _rank(rank: int, world: int, port: int, function: Callable[..., None], argum
     torch.set_num_threads(1)
     if world > 1:
         os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
     os.environ["ACCELERATE_USE_CPU"] = "true"
     function(*arguments)
 
 
 def run(inputs: dict[str, Path], given: SimpleNamespace, out: Path, pause: str | None = None) -> None:
-    """The stage, as a launcher's process runs it; the rank of ``pause`` ("rank:step") hangs before that step."""
+    """The stage, as a launcher's process runs it; rank and step of ``pause`` ("1:3") hang."""
     step = training.Trainer.train_step
 
     def hang(self: training.Trainer) -> dict[str, Any]:

@@ -355,10 +355,7 @@ def test_the_logged_negatives_are_counted_by_hand(corpus: dict[str, Path]) -> No
     u, a = user.embedding, answer.embedding
     line = of.train_step()
     rows = range(12)
-    candidate = [
-        [user_ids[i] != user_ids[j] and answer_ids[i] != answer_ids[j] for j in rows]
-        for i in rows
-    ]
+    candidate = [[user_ids[i] != user_ids[j] and answer_ids[i] != answer_ids[j] for j in rows] for i in rows]
     assert len(set(user_ids.tolist())) < 12 and len(set(answer_ids.tolist())) < 12
     kept, masked = 0, {}
     for name, left, right in (("user_answer", u, a), ("user_user", u, u), ("answer_answer", a, a)):

@@ -1,0 +1,88 @@
+"""Peak memory of one training step, whole and in micro-batches: ``python benchmarks/micro_batches.py``.
+
+Each figure comes from a process of its own and counts from after the model, its gradients and its optimizer
+exist. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import numpy as np
+import tiny
+import torch
+
+from ggsm_core import batches, params, recipes, training
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def measure(batch: int, micro_batch: int | None, recipe: str) -> dict[str, float]:
+    """Peak above the model's own [MiB] and pairs a second of a step of ``batch`` pairs."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        inputs = tiny.corpus(Path(name)) | {"pretrain": Path(name) / "pretrain"}
+        tiny.decoder(layers=6).save_pretrained(inputs["pretrain"])
+        tiny.tokenizer().save_pretrained(inputs["pretrain"])
+        given = SimpleNamespace(
+            recipe=recipe,
+            seed=0,
+            options=recipes.RECIPES[recipe].section(),
+            training=params.Training(total_steps=10, batch_size=batch, micro_batch=micro_batch),
+            objective=params.Objective(),
+            backbone=params.Backbone(),
+            template=params.Template(max_user_tokens=tiny.LONGEST),
+            lora=None,
+        )
+        pairs = batches.Pairs(inputs["tokens"], inputs["texts"], 12, 0)
+        pairs.rows = lambda step: np.arange(batch) % 24  # type: ignore[method-assign]
+        trainer = training.Trainer(training.build_encoder(given, inputs), pairs, given)
+    for parameter in trainer.encoder.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
+    base, peak, done = resident(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    begin = time.perf_counter()
+    trainer.train_step()
+    seconds = time.perf_counter() - begin
+    done.set()
+    watcher.join()
+    return {"mib": round((peak[0] - base) / 2**20, 1), "pairs_per_second": round(batch / seconds, 1)}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--one", nargs=3, help="batch, micro-batch (0: none), recipe: measured in this process"
+    )
+    arguments = parser.parse_args()
+    if arguments.one:
+        batch, micro_batch, recipe = arguments.one
+        print(json.dumps(measure(int(batch), int(micro_batch) or None, recipe)))
+        sys.exit()
+    found = {}
+    for label, one in {"small": ("32", "0"), "large": ("2048", "32"), "large_whole": ("2048", "0")}.items():
+        out = subprocess.run(
+            [sys.executable, __file__, "--one", *one, "ggsm"], check=True, capture_output=True, text=True
+        )
+        found[label] = json.loads(out.stdout.splitlines()[-1])
+    print(json.dumps(found | {"ratio": round(found["large"]["mib"] / found["small"]["mib"], 3)}))
