@@ -189,6 +189,7 @@ class Trainer:
                     assert user.site is not None
                     user.site.retain_grad()
                 loss = gradcache.surrogate((user, answer), self._of(chunk, gradients))
+                loss = loss + self._beside(chunk.pairs)
                 # DDP averages over processes; each goes backwards from its own rows of the whole loss.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             if learner:
@@ -290,6 +291,10 @@ class Trainer:
             "mfu": round(flops / seconds / peak, 4),
             "peak_memory_mib": telemetry.peak_memory_mib(device),
         }
+
+    def _beside(self, pairs: PairBatch) -> Tensor | float:
+        """A further loss of some pairs, for a trainer that adds one; it isn't part of the logged loss."""
+        return 0.0
 
     def _of(self, chunk: Chunk, gradients: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The rows Float[., d] of ``chunk`` in this process's Float[b, d]."""

@@ -26,11 +26,11 @@ from ggsm_core.backbone import positions
 from ggsm_core.baselines.answered import Users
 from ggsm_core.baselines.base import Baseline
 from ggsm_core.baselines.fitting import Fitted, Log
+from ggsm_core.batches import PairBatch, Pairs
 from ggsm_core.embedding import embed_all
-from ggsm_core.loss import Negatives
 from ggsm_core.model import UserEncoder
 from ggsm_core.template import Batch
-from ggsm_core.training import PairBatch, Pairs, Trainer, build_encoder
+from ggsm_core.training import Trainer, build_encoder
 
 if TYPE_CHECKING:
     from ggsm_core.evaluation import Floats
@@ -60,16 +60,9 @@ def answer_loss(encoder: UserEncoder, user: Batch, answer: Batch) -> Tensor:
 class _Trainer(Trainer):
     """The contrastive loop, with the autoregressive loss beside InfoNCE."""
 
-    def _loss(
-        self, user: Tensor, answer: Tensor, pairs: PairBatch, step: int
-    ) -> tuple[Tensor, Negatives, tuple[float, float]]:
-        loss, negatives, similarity = super()._loss(user, answer, pairs, step)
+    def _beside(self, pairs: PairBatch) -> Tensor:
         some = slice(None, None, WRITTEN)
-        return (
-            loss + answer_loss(self.encoder, _rows(pairs.user, some), _rows(pairs.answer, some)),
-            negatives,
-            similarity,
-        )
+        return answer_loss(self.encoder, _rows(pairs.user, some), _rows(pairs.answer, some))
 
 
 def _rows(batch: Batch, rows: slice) -> Batch:

@@ -12,8 +12,8 @@ from ggsm_core.baselines.answered import Answered, Users
 from ggsm_core.baselines.fitting import Log, learn
 from ggsm_core.baselines.found import Found
 from ggsm_core.baselines.instructue import InstructUe
+from ggsm_core.batches import Pairs, features
 from ggsm_core.tokens import Sequences
-from ggsm_core.training import Pairs, features
 
 if TYPE_CHECKING:
     from ggsm_core.evaluation import Ints, Progress
