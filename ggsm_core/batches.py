@@ -17,6 +17,8 @@ from safetensors.numpy import load_file as load_numpy
 from torch import Tensor
 
 from ggsm_core.distributed import TrainingError
+from ggsm_core.order import Batches, Index
+from ggsm_core.shards import ShardError
 from ggsm_core.template import Batch, collate
 from ggsm_core.tokens import Sequences
 
@@ -48,21 +50,17 @@ class Pairs:
             Sequences.load(tokens, "train_users"),
             Sequences.load(tokens, "train_answers"),
         )
-        index = pl.read_parquet(tokens / "pairs.parquet").with_row_index("row")
-        # Who may not be a negative of whom.
-        self.user_ids, self.answer_ids = (
-            torch.from_numpy(index[name].to_numpy().astype(np.int64)) for name in ("user_id", "answer_id")
-        )
-        self.samples = index["sample"].to_numpy()
-        self._of_sample = [
-            np.array(rows) for rows in index.group_by("sample", maintain_order=True).agg("row")["row"]
-        ]
-        self.feature_of = features(texts)
-        self.batch_size, self.seed = batch_size, seed
-        if len(self._of_sample) < batch_size:
-            raise TrainingError(
-                f"training.batch_size: {batch_size} is above the {len(self._of_sample)} training samples"
+        self._tokens, self.index = tokens, Index.load(tokens)
+        samples = len(self.index.by_length)
+        if samples < batch_size:
+            raise TrainingError(f"training.batch_size: {batch_size} is above the {samples} training samples")
+        if not len(self.users) == len(self.answers) == len(self.index.user_id):
+            raise ShardError(
+                f"{tokens.name}: {len(self.users)} users, {len(self.answers)} answers and "
+                f"{len(self.index.user_id)} pairs; delete that folder and start again"
             )
+        self.feature_of = features(texts)
+        self.batch_size, self.batches = batch_size, Batches(self.index.by_length, batch_size, seed)
 
     def rows(self, step: int) -> np.ndarray:
         """Int64[B]: the pairs of batch ``step``. Every sample comes once an epoch, with one of its answers.
@@ -71,29 +69,28 @@ class Pairs:
         batch that begins in one epoch and ends in the next may hold a sample twice; its rows share the user
         and are no negatives of each other.
         """
-        count = len(self._of_sample)
-        chosen = []
-        for place in range(step * self.batch_size, (step + 1) * self.batch_size):
-            epoch, offset = divmod(place, count)
-            sample = self._order(epoch)[offset]
-            options = self._of_sample[sample]
-            # Shifted every epoch, so that a sample meets all its answers however many steps an epoch has.
-            chosen.append(options[(step + epoch) % len(options)])
-        return np.array(chosen)
+        samples, epochs = self.batches.samples(step)
+        first = self.index.start[samples]
+        # Shifted every epoch, so that a sample meets all its answers however many steps an epoch has.
+        return first + (step + epochs) % (self.index.start[samples + 1] - first)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if getattr(self, "_cached", (None,))[0] != epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self._of_sample))
-            self._cached = (epoch, order)
-        return self._cached[1]
+    def identities(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Long[n], Long[n]: whose the pairs are and which answers they have (who is no negative of whom)."""
+        return (
+            torch.from_numpy(self.index.user_id[rows].astype(np.int64)),
+            torch.from_numpy(self.index.answer_id[rows].astype(np.int64)),
+        )
+
+    def samples(self, rows: np.ndarray) -> list[int]:
+        """The samples that the pairs were made from."""
+        return pl.read_parquet(self._tokens / "pairs.parquet", columns=["sample"])["sample"][rows].to_list()
 
     def batch(self, rows: np.ndarray, pad_id: int, part: slice = slice(None)) -> PairBatch:
         """Collate a ``part`` of the pairs in ``rows`` Int64[B]."""
         return PairBatch(
             collate([self.users[i] for i in rows[part]], pad_id, self.feature_of),
             collate([self.answers[i] for i in rows[part]], pad_id),
-            self.user_ids[rows[part]],
-            self.answer_ids[rows[part]],
+            *self.identities(rows[part]),
             torch.arange(len(rows))[part],
         )
 

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedToken
 from ggsm_core import masks, recipes
 from ggsm_core.backbone import check_mask, positions
 from ggsm_core.params import Lora, Template
+from ggsm_core.sharding import spread_like, whole
 from ggsm_core.template import (
     EOS_TOKEN,
     MODALITIES,
@@ -274,12 +275,13 @@ class UserEncoder(nn.Module):
         return self.decoder if self.lora is None else self.decoder.get_base_model()
 
     def trained_state(self) -> dict[str, Tensor]:
-        """All that a checkpoint needs: with LoRA, not the frozen decoder."""
-        state = self.state_dict()
-        if self.lora is None:
-            return state
+        """All that a checkpoint needs: with LoRA, not the frozen decoder.
+
+        Under FSDP2 the processes gather it, so all must ask.
+        """
         frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
-        return {name: tensor for name, tensor in state.items() if name not in frozen}
+        left_out = frozen if self.lora is not None else set()
+        return {name: whole(tensor) for name, tensor in self.state_dict().items() if name not in left_out}
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of ``trained_state``. A key missing, unexpected or misshapen: ``EncoderError``."""
@@ -291,7 +293,8 @@ class UserEncoder(nn.Module):
                 f"checkpoint does not fit the encoder: missing {missing[:3]}, unexpected {unexpected[:3]}, "
                 f"other shape {misshapen[:3]} (of {len(missing)}, {len(unexpected)}, {len(misshapen)})"
             )
-        self.load_state_dict(state, strict=False)
+        own = self.state_dict()
+        self.load_state_dict({k: spread_like(v, own[k]) for k, v in state.items()}, strict=False)
 
     def merged(self) -> UserEncoder:
         """A copy whose LoRA update lies in the decoder's own weights, added in fp32.
@@ -305,12 +308,14 @@ class UserEncoder(nn.Module):
         other.decoder, other.lora = other.decoder.merge_and_unload(safe_merge=True), None
         return other
 
-    def save(self, folder: Path) -> None:
-        """Write weights (safetensors), recipe with its state, tokenizer and configuration into ``folder``."""
+    def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write weights (safetensors), recipe with its state, tokenizer and configuration into ``folder``.
+
+        ``state`` is that of ``trained_state``, given where all processes gathered it and one writes.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {k: v.contiguous() for k, v in self.trained_state().items()}, folder / "encoder.safetensors"
-        )
+        state = state if state is not None else self.trained_state()
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / "encoder.safetensors")
         self._base().config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         description = {

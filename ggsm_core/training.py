@@ -138,7 +138,7 @@ class Trainer:
         self.encoder = encoder
         decay = [p for p in encoder.parameters() if p.requires_grad and p.ndim > 1]
         plain = [p for p in encoder.parameters() if p.requires_grad and p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             [
                 {"params": decay, "weight_decay": params.training.weight_decay},
                 {"params": plain, "weight_decay": 0.0},
@@ -146,7 +146,13 @@ class Trainer:
             lr=params.training.learning_rate,
             betas=(0.9, params.training.adam_beta2),
         )
-        self.towers = self.accelerator.prepare(Towers(encoder, params.seed))
+        # Together: FSDP2 puts sharded parameters in the place of those that the optimizer holds.
+        self.towers, self.optimizer = self.accelerator.prepare(Towers(encoder, params.seed), optimizer)
+        if self.accelerator.is_fsdp2 and getattr(params.options, "freeze", None) == "tower":
+            raise TrainingError(
+                "freeze: tower keeps a whole copy of the encoder, which FSDP2 has no place for; use DDP, or "
+                "freeze: position or segment"
+            )
         self.frozen_tower: UserEncoder | None = None
         self.step = 0
 
@@ -223,9 +229,7 @@ class Trainer:
         """
         objective, rows = self.params.objective, self.pairs.rows(step)
         users, answers = (self.shares.gather(own).requires_grad_() for own in (user, answer))  # Float[B, d]
-        answer_ids, user_ids = (
-            ids[rows].to(users.device) for ids in (self.pairs.answer_ids, self.pairs.user_ids)
-        )
+        user_ids, answer_ids = (ids.to(users.device) for ids in self.pairs.identities(rows))
         total, counted = 0.0, np.zeros(4)
         for part in split(slice(0, len(rows)), self.params.training.micro_batch):
             losses, negatives = info_nce_rows(
@@ -367,7 +371,9 @@ class Trainer:
         micro-batches the guidance gradient is that of the second pass: the surrogate makes it the loss's own.
         What the probe drops, the training pass drops.
         """
-        towers = Towers(self.frozen_tower or self.encoder, self.params.seed)
+        # Past DDP, which would await a backward pass; through FSDP2, which alone can gather its weights.
+        sharded = self.accelerator.is_fsdp2
+        towers = self.towers if sharded else Towers(self.frozen_tower or self.encoder, self.params.seed)
         options = self.encoder.recipe.options
         if options.source == "attention":
             with torch.no_grad(), self.accelerator.autocast():
@@ -395,7 +401,10 @@ class Trainer:
     # ------------------------------------------------------------------ checkpoints
 
     def state(self) -> dict[str, Tensor]:
-        """All that a resume needs, as tensors. No random state: a draw is a function of (seed, step, row)."""
+        """All that a resume needs, as tensors. No random state: a draw is a function of (seed, step, row).
+
+        Under FSDP2 the processes gather it, so all must ask.
+        """
         state = {f"encoder.{k}": v for k, v in self.encoder.trained_state().items()}
         state |= {f"optimizer.{k}": v for k, v in checkpoints.optimizer_tensors(self.optimizer).items()}
         if self.frozen_tower is not None:
@@ -432,7 +441,7 @@ class Trainer:
         """Write this process's rows of the batch of the present step, and which samples they are."""
         rows = self.pairs.rows(self.step)
         pairs = self.pairs.batch(rows, self.encoder.ids["<pad>"], self.shares.own)
-        samples = self.pairs.samples[rows[self.shares.own]].tolist()
+        samples = self.pairs.samples(rows[self.shares.own])
         told = {"step": self.step, "reason": reason, "rows": pairs.rows.tolist(), "samples": samples}
         telemetry.save_batch(folder, {"user": pairs.user, "answer": pairs.answer}, told)
 
@@ -496,11 +505,14 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
             if log is not None:
                 log.write(metrics)
                 progress(trainer.step, training.total_steps, f"loss {metrics['loss']:.3f}")
-                if trainer.step % training.checkpoint_every == 0 and trainer.step < training.total_steps:
-                    store.save(trainer.step, trainer.state())
+            if trainer.step % training.checkpoint_every == 0 and trainer.step < training.total_steps:
+                state = trainer.state()
+                if main:
+                    store.save(trainer.step, state)
+    state = trainer.encoder.trained_state()
     if log is not None:
         log.close()
-        trainer.encoder.save(out)
+        trainer.encoder.save(out, state)
         store.remove()
 
 

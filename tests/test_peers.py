@@ -244,10 +244,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     inputs = tiny.corpus(folder) | {"pretrain": folder / "pretrain"}
     tiny.decoder(layers=1).save_pretrained(inputs["pretrain"])
     tiny.tokenizer().save_pretrained(inputs["pretrain"])
-    for end in ("safetensors", "json"):
-        (inputs["tokens"] / f"probe_users.{end}").write_bytes(
-            (inputs["tokens"] / f"train_users.{end}").read_bytes()
-        )
+    for shard in sorted(inputs["tokens"].glob("train_users-*")):
+        shard.with_name(shard.name.replace("train", "probe")).write_bytes(shard.read_bytes())
     pl.DataFrame({"sample": range(24)}).write_parquet(inputs["tokens"] / "probe.parquet")
     return inputs
 

@@ -15,7 +15,7 @@ from ggsm_core.backbone import train_tokenizer
 from ggsm_core.data import simulate, windows
 from ggsm_core.data.events import DAY, validate
 from ggsm_core.template import encode_user, render
-from ggsm_core.tokens import Sequences
+from ggsm_core.tokens import Sequences, write
 
 EVALUATION = params.Evaluation(folds=3, bootstrap=100)
 
@@ -80,7 +80,7 @@ def test_template_and_sequences_carry_the_flag(log: pl.DataFrame, tmp_path: Path
             assert line.count("simulated") == len(user.records["search"])
     tokenizer = train_tokenizer(log["text"].unique().sort().to_list(), 600)
     encoded = [encode_user(user, tokenizer, max_tokens=96) for user in users]
-    Sequences.of(encoded).save(tmp_path, "users")
+    write(tmp_path, "users", encoded)
     stored = Sequences.load(tmp_path, "users")
     flags = [[record.simulated for record in stored[i].records] for i in range(len(stored))]
     assert flags == [[record.simulated for record in one.records] for one in encoded]

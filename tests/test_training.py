@@ -349,7 +349,7 @@ def test_the_logged_negatives_are_counted_by_hand(corpus: dict[str, Path]) -> No
     of.encoder.eval()
     of.encoder.train = lambda mode=True: of.encoder  # type: ignore[method-assign,misc]  # no dropout
     pairs, batch = of._chunks(0)[0].pairs, of.pairs.rows(0)
-    user_ids, answer_ids = of.pairs.user_ids[batch], of.pairs.answer_ids[batch]
+    user_ids, answer_ids = of.pairs.identities(batch)
     with torch.no_grad():
         user, answer = of.towers(pairs, 0, None, None, None, False)
     u, a = user.embedding, answer.embedding

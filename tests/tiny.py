@@ -23,7 +23,7 @@ from transformers import (
     Qwen3Model,
 )
 
-from ggsm_core import backbone, model, params, recipes, template, tokens
+from ggsm_core import backbone, model, order, params, recipes, template, tokens
 
 ARCHITECTURES = {
     "qwen2": (Qwen2Config, Qwen2Model),
@@ -171,10 +171,11 @@ def corpus(folder: Path, *, vocabulary: PreTrainedTokenizerFast | None = None) -
     inputs = {name: folder / name for name in ("tokens", "texts")}
     for path in inputs.values():
         path.mkdir(parents=True)
-    tokens.Sequences.of(encoded).save(inputs["tokens"], "train_users")
+    tokens.write(inputs["tokens"], "train_users", encoded)
     said = [template.encode_answer(answers_of[i], vocabulary, max_tokens=32) for i in answer_ids]
-    tokens.Sequences.of(said).save(inputs["tokens"], "train_answers")
+    tokens.write(inputs["tokens"], "train_answers", said)
     pairs.write_parquet(inputs["tokens"] / "pairs.parquet")
+    order.Index.of(pairs, np.array([len(one.input_ids) for one in encoded])).save(inputs["tokens"])
     texts = sorted(WORDS.split(", "))
     (inputs["texts"] / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
     features = np.stack([feature_of(text) for text in texts])

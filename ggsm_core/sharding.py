@@ -1,0 +1,21 @@
+"""Parameters that FSDP2 has spread over the processes: made whole to be saved, spread again when loaded."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each process holds a part, and any other tensor as it is.
+
+    Processes wait for each other here: all must ask, or none.
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: Tensor, example: Tensor) -> Tensor:
+    """A whole tensor cut up as ``example`` is, if that is, and of its shape."""
+    if not isinstance(example, DTensor) or tensor.shape != example.shape:
+        return tensor
+    return distribute_tensor(tensor.to(example.device), example.device_mesh, example.placements)
