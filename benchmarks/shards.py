@@ -33,7 +33,7 @@ def made_up(folder: Path, pairs: int, *, planned: bool) -> None:
     lengths = (12 + draw.gamma(2.0, 15.0, SHARD)).astype(np.int64).clip(max=128)
     rows = np.arange(pairs + 1)
     by_length = np.argsort(np.resize(lengths.astype(np.int16), pairs), kind="stable")
-    order.Index(rows, by_length, rows[:-1], rows[:-1]).save(folder)
+    order.Index(rows, by_length, rows[:-1], rows[:-1]).save(folder, "behaviour")
     if planned:
         return
     kinds = {n: np.full(n, template.SEGMENTS["answer"]) for n in range(1, 129)}
@@ -58,7 +58,7 @@ def measure(folder: Path, *, planned: bool) -> dict[str, float]:
     from ggsm_core.tokens import Sequences
 
     before, begin = own_memory(), time.perf_counter()
-    plan = Batches(Index.load(folder).by_length, BATCH, SEED)
+    plan = Batches(Index.load(folder, "behaviour").by_length, BATCH, SEED)
     users = None if planned else Sequences.load(folder, "train_users")
     answers = None if planned else Sequences.load(folder, "train_answers")
     first, planning, waste = 0.0, 0.0, []

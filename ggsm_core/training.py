@@ -482,7 +482,7 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
         TrainingError: a process that is gone, hangs or sees another folder; more processes than pairs.
     """
     training = params.training
-    pairs = Pairs(inputs["tokens"], inputs["texts"], training.batch_size, params.seed)
+    pairs = Pairs(inputs["tokens"], inputs["texts"], training.batch_size, params.seed, training.qa_share)
     trainer = Trainer(build_encoder(params, inputs), pairs, params)
     main, rank = trainer.accelerator.is_main_process, trainer.accelerator.process_index
     store = checkpoints.Store(out / "checkpoints", training.keep_checkpoints, trainer.identity())

@@ -79,8 +79,8 @@ def test_the_index_holds_the_pairs_of_each_sample(tmp_path: Path) -> None:
     pairs = pl.DataFrame({"sample": [3, 3, 5, 8, 8, 8], "user_id": [0, 0, 1, 2, 2, 2], "answer_id": range(6)})
     made = order.Index.of(pairs, np.array([9, 2, 7, 1, 8, 3]))
     assert made.start.tolist() == [0, 2, 3, 6] and made.by_length.tolist() == [1, 2, 0]
-    made.save(tmp_path)
-    mapped = order.Index.load(tmp_path)
+    made.save(tmp_path, "behaviour")
+    mapped = order.Index.load(tmp_path, "behaviour")
     for name, array in vars(made).items():
         assert np.array_equal(getattr(mapped, name), array)
         assert isinstance(getattr(mapped, name).base, np.ndarray)  # a view of the file, not a copy of it
@@ -90,11 +90,11 @@ def test_the_index_holds_the_pairs_of_each_sample(tmp_path: Path) -> None:
 
 def test_a_torn_index_is_named(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"index\.safetensors: can't be read"):
-        order.Index.load(tmp_path)
+        order.Index.load(tmp_path, "behaviour")
     pairs = pl.DataFrame({"sample": [0, 1], "user_id": [0, 1], "answer_id": [0, 1]})
-    order.Index.of(pairs, np.array([3, 4])).save(tmp_path)
-    whole = (tmp_path / order.FILE).read_bytes()
+    order.Index.of(pairs, np.array([3, 4])).save(tmp_path, "behaviour")
+    whole = (tmp_path / "index-behaviour.safetensors").read_bytes()
     for torn in (whole[:-1], whole[:40], whole[:4], b"", b"\xff" * 64):
-        (tmp_path / order.FILE).write_bytes(torn)
+        (tmp_path / "index-behaviour.safetensors").write_bytes(torn)
         with pytest.raises(ShardError, match=r"index\.safetensors: can't be read.*start again"):
-            order.Index.load(tmp_path)
+            order.Index.load(tmp_path, "behaviour")

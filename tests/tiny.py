@@ -175,7 +175,7 @@ def corpus(folder: Path, *, vocabulary: PreTrainedTokenizerFast | None = None) -
     said = [template.encode_answer(answers_of[i], vocabulary, max_tokens=32) for i in answer_ids]
     tokens.write(inputs["tokens"], "train_answers", said)
     pairs.write_parquet(inputs["tokens"] / "pairs.parquet")
-    order.Index.of(pairs, np.array([len(one.input_ids) for one in encoded])).save(inputs["tokens"])
+    order.Index.of(pairs, np.array([len(one.input_ids) for one in encoded])).save(inputs["tokens"], "behaviour")
     texts = sorted(WORDS.split(", "))
     (inputs["texts"] / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
     features = np.stack([feature_of(text) for text in texts])

@@ -1,0 +1,1 @@
+"""Query-answer pairs written by a language model and checked against the records (paper 3.2)."""
