@@ -146,7 +146,14 @@ def timeline(events: pl.DataFrame, anchor: int, history_days: int, future_days: 
     return figure
 
 
-def histogram(values: Mapping[str, ArrayLike], label: str, limit: float | None = None) -> Figure:
+def histogram(
+    values: Mapping[str, ArrayLike],
+    label: str,
+    limit: float | None = None,
+    *,
+    counted: str = "sequences",
+    decimals: int = 0,
+) -> Figure:
     """Distributions side by side, one panel each, with their median and an optional limit marked."""
     with _figure(1, len(values), height=2.5) as (figure, axes):
         for axis, (name, numbers) in zip(axes[0], values.items(), strict=True):
@@ -154,13 +161,13 @@ def histogram(values: Mapping[str, ArrayLike], label: str, limit: float | None =
             bins = min(30, max(len(np.unique(found)), 2))
             seaborn.histplot(found, bins=bins, color="#0072B2", alpha=1, ax=axis)
             median = float(np.median(found))
-            axis.axvline(median, color=INK, ls="--", lw=1.2, label=f"median {median:,.0f}")
+            axis.axvline(median, color=INK, ls="--", lw=1.2, label=f"median {median:,.{decimals}f}")
             if limit is not None:
-                axis.axvline(limit, color="#D55E00", lw=1.5, label=f"limit {limit:,.0f}")
+                axis.axvline(limit, color="#D55E00", lw=1.5, label=f"limit {limit:,.{decimals}f}")
             axis.set_title(name)
             axis.set(xlabel=label, ylabel="")
             axis.legend(fontsize=8)
-        axes[0, 0].set_ylabel("sequences")
+        axes[0, 0].set_ylabel(counted)
     return figure
 
 

@@ -27,7 +27,7 @@ from ggsm_core.stages import GRAPH, Plan, UnknownRun
 from ggsm_core.synthesis import client, difficulty, history, prompts, questions, scenarios, steps
 from ggsm_core.synthesis.budget import BudgetExceeded
 from ggsm_core.synthesis.checks import Checker
-from ggsm_core.synthesis.history import History
+from ggsm_core.synthesis.history import Fact, History
 from ggsm_core.text_encoder import TextEncoder
 
 NAMES = ("extend", "retrieve", "qa", "rules", "rewrite")
@@ -134,10 +134,9 @@ def test_an_order_counts_only_if_it_is_one(
 
 
 def user(*kinds: str, times: int = 7, dollars: int = 31, days: int = 4) -> History:
-    records = tuple(
-        f"{kind} (grocery), {times} times, {dollars} dollars, last {days} days ago" for kind in kinds
-    )
-    return History(0, "bill: " + "; ".join(records), records, kinds)
+    told = [f"{kind} (grocery), {times} times, {dollars} dollars, last {days} days ago" for kind in kinds]
+    facts = tuple(Fact(kind, words) for kind, words in zip(kinds, told, strict=True))
+    return History(0, "bill: " + "; ".join(told), facts, kinds)
 
 
 CHECKER = Checker(KINDS, 90)
@@ -166,6 +165,9 @@ def test_a_kind_that_the_user_never_bought_is_refused(own: list[str], foreign: s
         ("What runs out next?", "Cheese was bought 8 times.", "number: 8"),
         ("What runs out next?", "Cheese was bought twelve times.", "number: 12"),
         ("What runs out next?", "Cheese for 1,031 dollars.", "number: 1031"),
+        ("What runs out next?", "Alef (grocery), 7 times, 31 dollars.", "invented: alef"),
+        ("What runs out next?", "One item, 7 times, 31 dollars.", "ungrounded"),
+        ("What runs out next?", "A new product on the next day.", "ungrounded"),
         ("What runs out next?", "It is hard to say.", "ungrounded"),
         ("Is cheese what was bought 7 times?", "Cheese, 7 times.", "leak"),
         ("Which cheese, so mild and creamy?", "Cheese, mild, creamy.", "leak"),
@@ -180,6 +182,14 @@ def test_each_fault_has_its_name(query: str, answer: str, reason: str) -> None:
 def test_a_number_passes_exactly_if_a_record_or_the_question_holds_it(number: int) -> None:
     found = CHECKER.problems("Seen 55 times, what is it?", f"Cheese, {number} times.", user("cheese"))
     assert bool(found) == (number not in (7, 31, 4, 55, 90))
+
+
+def test_a_number_belongs_to_the_record_that_the_answer_names() -> None:
+    facts = (Fact("cheese", "cheese (grocery), 7 times"), Fact("beef", "beef (meat), 3 times"))
+    someone = History(0, "", facts, ("cheese", "beef"))
+    assert CHECKER.problems("What runs out next?", "Cheese, 7 times.", someone) == []
+    assert CHECKER.problems("What runs out next?", "Cheese, 3 times.", someone)[0].startswith("number: 3")
+    assert CHECKER.problems("What runs out next?", "Cheese, 7 times, and beef, 3 times.", someone) == []
 
 
 def test_equal_pairs_of_one_sample_count_once() -> None:
@@ -346,7 +356,7 @@ def test_every_pair_that_is_kept_is_true_and_every_other_says_why(work: Work, lo
         for row in steps.read_rows(out / f"{name}.jsonl"):
             (someone,) = history.read(log, [row["sample"]], 64)
             kind, times = row["answer"].rstrip(".").split(", ")
-            true = any(record.startswith(f"{kind} (") and times in record for record in someone.records)
+            true = any(fact.name == kind and times in fact.told for fact in someone.facts)
             assert row["kept"] == (true and not row["problems"]) and (row["kept"] or row["problems"])
 
 

@@ -6,8 +6,8 @@ verified is not kept, and the reason is.
 | check | refused |
 | --- | --- |
 | empty | a question or an answer of fewer than two words |
-| invented | a kind of the catalogue, or something said to be bought, that the user has no record of |
-| number | a number that stands neither in a record nor in the question |
+| invented | a kind of the catalogue, or what is said to be bought or counted, that no record names |
+| number | a number that stands neither in a record which the answer names nor in the question |
 | ungrounded | an answer that names nothing from the records |
 | leak | a question that holds all the facts of its answer, or most of its words |
 """
@@ -27,10 +27,13 @@ OVERLAP = 0.6
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 PLAIN = frozenset(prompts.text("plain_words").split())
 """Words that claim no purchase of their own, though some stand in names of kinds."""
-_CLAIM = re.compile(
+_BOUGHT = re.compile(
     r"\b(?:bought|buys?|buying|purchased?|purchases|purchasing|orders?|ordered|ordering)\b"
     r"((?:[ ,]+(?!(?:for|at|on|in|from|every|during|because|with|about|to|since|when|while|but|by)\b)"
     r"[\w'/&-]+)*)"
+)
+_COUNTED = re.compile(
+    r"([^.,;:()]+)(?: \([^()]*\))?,? (?:(?:was|were|is|are) )?(?:bought )?(?:once|[\w,]+ times)\b"
 )
 
 
@@ -57,6 +60,14 @@ _SILENT = frozenset(map(_singular, PLAIN)) | PLAIN | frozenset(map(_singular, EN
 }  # fmt: skip
 
 
+_GENERAL = frozenset(map(_singular, ENGLISH_STOP_WORDS))
+
+
+def _names(shared: set[str]) -> bool:
+    """Whether the words that an answer shares with a record name it: a telling one, or two plain ones."""
+    return bool(shared - _SILENT) or len(shared - _GENERAL) > 1
+
+
 def numbers(text: str) -> set[int]:
     """Whole numbers, as digits or as words up to twelve; ``1,400`` is one number."""
     plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.lower())
@@ -75,19 +86,23 @@ class Checker:
         """Why the pair is refused, one reason a line; empty for a pair that is kept."""
         said, asked = facts(answer), set(facts(query))
         figures, asked_figures = numbers(answer), numbers(query)
-        own = {word for record in history.records for word in words(record)}
-        counted = {number for record in history.records for number in numbers(record)}
         if len(query.split()) < 2 or len(answer.split()) < 2:
             return ["empty: a question and an answer need two words each"]
+        own = {word for fact in history.facts for word in words(fact.name)}
+        named = [fact for fact in history.facts if _names(set(words(answer)) & set(words(fact.name)))]
+        counted = {number for fact in named for number in numbers(fact.told)}
         found = []
-        claimed = [word for claim in _CLAIM.findall(answer.lower()) for word in facts(claim)]
+        lower = answer.lower()
+        claimed = [
+            word for claim in _BOUGHT.findall(lower) + _COUNTED.findall(lower) for word in facts(claim)
+        ]
         doubtful = [word for word in said if word in self.known] + claimed
         if invented := list(dict.fromkeys(word for word in doubtful if word not in own)):
             found.append(f"invented: {', '.join(invented)} in no record")
         if strange := sorted(figures - counted - asked_figures - {self.history_days}):
-            found.append(f"number: {', '.join(map(str, strange))} in no record")
+            found.append(f"number: {', '.join(map(str, strange))} in no record of what it names")
         grounds = {word for word in said if word in own}
-        if not grounds and not figures & counted:
+        if not named:
             found.append("ungrounded: names nothing from the records")
         told = grounds | {str(number) for number in figures}
         given = asked | {str(number) for number in asked_figures}

@@ -24,13 +24,21 @@ _CODE = re.compile(r"\b\w*\d\w*\b")
 
 
 @dataclass(frozen=True)
+class Fact:
+    """One record: what it is about, without its department, and all of it in words."""
+
+    name: str
+    told: str
+
+
+@dataclass(frozen=True)
 class History:
-    """One sample: ``text`` is shown, ``records`` (all that are stored) say what is true."""
+    """One sample: ``text`` is shown, ``facts`` (all records that are stored) say what is true."""
 
     sample: int
     text: str
-    records: tuple[str, ...]  # described in words
-    bought: tuple[str, ...]  # names of the kinds bought, without their department
+    facts: tuple[Fact, ...]
+    bought: tuple[str, ...]  # names of the kinds bought
 
 
 def read(folder: Path, samples: Iterable[int], records: int) -> list[History]:
@@ -49,17 +57,17 @@ def _history(sample: int, shown: Any, stored: Any) -> History:
     lines = []
     for name in MODALITIES:
         if found := shown.get(name, ()):
-            lines.append(f"{name}: " + "; ".join(_words(record, name, letters) for record in found))
-    described = [_words(record, name, letters) for name in MODALITIES for record in stored.get(name, ())]
+            lines.append(f"{name}: " + "; ".join(_fact(record, name, letters).told for record in found))
+    facts = [_fact(record, name, letters) for name in MODALITIES for record in stored.get(name, ())]
     bought = [kind(record.text) for record in stored.get("bill", ())]
-    return History(sample, "\n".join(lines), tuple(described), tuple(bought))
+    return History(sample, "\n".join(lines), tuple(facts), tuple(bought))
 
 
-def _words(record: Record, modality: str, letters: dict[str, str]) -> str:
+def _fact(record: Record, modality: str, letters: dict[str, str]) -> Fact:
     if modality == PLACES:
         named = _CODE.sub(lambda code: letters.setdefault(code[0], _letter(len(letters))), record.text)
         record = replace(record, text=named)
-    return describe(record, modality)
+    return Fact(kind(record.text), describe(record, modality))
 
 
 def _letter(number: int) -> str:

@@ -21,7 +21,7 @@ from ggsm_core.text_encoder import TextEncoder
 
 AT_ONCE = 3
 """New scenarios asked for in one question."""
-SHOWN = 5
+SHOWN = 4
 """Scenarios of the pool that a question for new ones shows."""
 Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=3, max_length=160)]
 

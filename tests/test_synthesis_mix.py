@@ -1,0 +1,119 @@
+"""D_qa beside D_behavior: what fits is mixed in, at the share that was asked for, and compared."""
+
+from __future__ import annotations
+
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import polars as pl
+import pytest
+import tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from toygraph import small
+
+from ggsm_core import comparison, mixes, params, runs, training
+from ggsm_core.synthesis import mix, steps
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, Path]:
+    """Runs of the stages pairs, synthesis and pretrain, as far as mix reads them."""
+    folders = {name: tmp_path / name for name in ("pairs", "synthesis", "pretrain")}
+    for folder in folders.values():
+        folder.mkdir()
+    behaviour = {
+        "sample": [0, 0, 1, 1],
+        "granularity": ["visits", "weeks"] * 2,
+        "query": ["What next?"] * 4,
+        "answer": ["frozen pizza", "homeowner", "frozen pizza", "a visit"],
+        "answer_id": [1, 2, 1, 0],
+    }
+    pl.DataFrame(behaviour).write_parquet(folders["pairs"] / "pairs.parquet")
+    made = [
+        (0, "s", "Which food?", "frozen pizza", 0.4),
+        (1, "s", "Which food?", "pizza " * 90, 0.5),
+        (1, "s", "Which food, " * 90, "soft drinks", 0.6),
+        (1, "s", "Which drinks?", "soft drinks", 0.7),
+    ]
+    pl.DataFrame(made, schema=steps.PAIRS, orient="row").write_parquet(folders["synthesis"] / "pairs.parquet")
+    tiny.tokenizer().save_pretrained(folders["pretrain"])
+    return folders
+
+
+def test_pairs_that_fit_are_mixed_in_and_the_others_named(inputs: dict[str, Path], tmp_path: Path) -> None:
+    template = params.Template(max_user_tokens=tiny.LONGEST, max_answer_tokens=32)
+    mix.run(SimpleNamespace(template=template), inputs, tmp_path, lambda done, total, what: None)
+    both = pl.read_parquet(tmp_path / "pairs.parquet")
+    assert both.columns == ["sample", "granularity", "query", "answer", "answer_id"]
+    assert both.filter(granularity=mix.QA).select("sample", "answer").rows() == [
+        (0, "frozen pizza"),
+        (1, "soft drinks"),
+    ]
+    assert both.filter(pl.col("granularity") != mix.QA).height == 4
+    of_pizza = both.filter(answer="frozen pizza")["answer_id"]
+    assert of_pizza.n_unique() == 1 and len(of_pizza) == 3  # no negatives of each other, whatever their kind
+    why = pl.read_parquet(tmp_path / "left_out.parquet")["why"].to_list()
+    assert len(why) == 2 and "max_answer_tokens" in why[0] and "max_user_tokens" in why[1]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A corpus whose pairs of one granularity are called D_qa."""
+    folders = tiny.corpus(tmp_path_factory.mktemp("mixed"))
+    path = folders["tokens"] / "pairs.parquet"
+    pl.read_parquet(path).with_columns(pl.col("granularity").replace("weeks", mix.QA)).write_parquet(path)
+    return folders
+
+
+@given(share=st.fractions(0, Fraction(19, 20), max_denominator=20), steps=st.integers(1, 60))
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_batches_keep_to_the_share_and_to_one_kind(
+    mixed: dict[str, Path], share: Fraction, steps: int
+) -> None:
+    kinds = pl.read_parquet(mixed["tokens"] / "pairs.parquet")["granularity"].to_numpy() == mix.QA
+    pairs = training.Pairs(mixed["tokens"], mixed["texts"], 4, 0, float(share))
+    drawn = [kinds[pairs.rows(step)] for step in range(steps)]
+    assert all(batch.all() or not batch.any() for batch in drawn)
+    assert abs(sum(batch.all() for batch in drawn) - share * steps) <= 1
+
+
+def test_each_kind_has_epochs_of_its_own(mixed: dict[str, Path]) -> None:
+    pairs = training.Pairs(mixed["tokens"], mixed["texts"], 4, 0, 0.5)
+    count = Counter(np.concatenate([pairs.rows(step) for step in range(12)]).tolist())
+    assert set(count.values()) == {2} and len(count) == 24  # 6 steps of each kind are two epochs of 12
+
+
+def test_without_a_share_no_batch_holds_d_qa(mixed: dict[str, Path]) -> None:
+    kinds = pl.read_parquet(mixed["tokens"] / "pairs.parquet")["granularity"].to_numpy()
+    pairs = training.Pairs(mixed["tokens"], mixed["texts"], 4, 0)
+    assert all(mix.QA not in kinds[pairs.rows(step)] for step in range(9))
+
+
+def test_too_few_pairs_of_d_qa_are_an_error(mixed: dict[str, Path]) -> None:
+    index = pl.read_parquet(mixed["tokens"] / "pairs.parquet")
+    training.Pairs(mixed["tokens"], mixed["texts"], index["sample"].n_unique(), 0, 0.5)
+    with pytest.raises(training.TrainingError, match=r"training\.batch_size"):
+        training.Pairs(mixed["tokens"], mixed["texts"], 13, 0, 0.5)
+
+
+def test_a_mix_is_a_profile_of_its_own_and_a_row_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float, str, str | None]] = []
+
+    def ensure(profile: params.Profile, stage: str, recipe: str | None = None, seed: int = 0) -> runs.Run:
+        asked.append((profile.training.qa_share, stage, recipe))
+        return runs.Run(tmp_path / f"{stage}-{recipe}-{profile.training.qa_share}")
+
+    compared: dict[str, Path] = {}
+    monkeypatch.setattr(runs, "ensure", ensure)
+    monkeypatch.setattr(comparison, "run", lambda given, inputs, out, progress: compared.update(inputs))
+    mixes.compare(small(synthesis={}), "ggsm", [0.0, 0.25], tmp_path / "out")
+    assert [*compared] == ["windows", "probe:causal:0", "probe:ggsm qa 0 %:0", "probe:ggsm qa 25 %:0"]
+    assert (0.25, "probe", "ggsm") in asked and (0.0, "probe", "causal") in asked
+    with pytest.raises(ValueError, match="qa_share"):
+        mixes.variants(small(synthesis={}), [1.0])
