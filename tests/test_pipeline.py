@@ -186,6 +186,7 @@ def test_a_notebook_may_read_what_it_declares(toy: Toy) -> None:
         (None, "metadata.ggsm"),
         ({"recipes": []}, "metadata.ggsm"),
         ({"recipes": ["ggsmm"], "baselines": []}, "ggsmm"),
+        ({"recipes": [], "baselines": [], "stages": ["tokens"]}, "stages.*synthesis"),
     ],
 )
 def test_a_bad_declaration_is_refused(tmp_path: Path, ggsm: Any, words: str) -> None:

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from llmserver import Act, Server, serving
 from toygraph import small
 
-from ggsm_core import params, stages
+from ggsm_core import notebooks, params, stages
 from ggsm_core.data import windows
 from ggsm_core.data.events import ZONE, validate
+from ggsm_core.provenance import ROOT
 from ggsm_core.runs import Store
 from ggsm_core.stages import GRAPH, Plan, UnknownRun
 from ggsm_core.synthesis import client, difficulty, history, prompts, questions, scenarios, steps
@@ -443,6 +444,17 @@ def test_synthesis_changes_no_training_until_it_is_mixed_in(tmp_path: Path) -> N
     assert set(mixed.node("mix").inputs) == {"pairs", "synthesis", "pretrain"}
     assert mixed.node("tokens").inputs["mix"] == mixed.node("mix")
     assert mixed.node("pretrain").name == plain.node("pretrain").name
+
+
+def test_only_the_page_that_names_synthesis_reads_and_follows_it(tmp_path: Path) -> None:
+    pages = {page.name: page for page in notebooks.discover(ROOT / "notebooks")}
+    beside, other = plan(tmp_path, synthesis={}), plan(tmp_path, synthesis={"scaled": 3})
+    read = {name: {node.stage.name for node in page.reads(beside)} for name, page in pages.items()}
+    assert [name for name, stages in read.items() if "synthesis" in stages] == ["03_qa_synthesis"]
+    changed = {
+        name for name, page in pages.items() if notebooks.key(page, beside) != notebooks.key(page, other)
+    }
+    assert changed == {"03_qa_synthesis"}
 
 
 def test_a_server_elsewhere_needs_no_local_model(tmp_path: Path) -> None:
