@@ -149,6 +149,9 @@ def test_what_is_read_off_the_records_passes(own: list[str], times: int, dollars
     someone = user(*own, times=times, dollars=dollars, days=days)
     answer = f"{own[0]} was bought {times} times in 90 days for {dollars} dollars, last {days} days ago."
     assert CHECKER.problems("What runs out next here?", answer, someone) == []
+    copied = f"{own[0]} (grocery), {times} times, {dollars} dollars, last {days} days ago"
+    known = Checker([*KINDS, "grocery items"], 90)  # a department may be in the name of a kind
+    assert known.problems("What runs out next here?", copied, someone) == []
 
 
 @given(own=kinds, foreign=st.sampled_from(KINDS))
@@ -166,6 +169,7 @@ def test_a_kind_that_the_user_never_bought_is_refused(own: list[str], foreign: s
         ("What runs out next?", "Cheese was bought 8 times.", "number: 8"),
         ("What runs out next?", "Cheese was bought twelve times.", "number: 12"),
         ("What runs out next?", "Cheese for 1,031 dollars.", "number: 1031"),
+        ("What runs out next?", "Candles and cheese (grocery), 7 times.", "invented: candle"),
         ("What runs out next?", "Alef (grocery), 7 times, 31 dollars.", "invented: alef"),
         ("What runs out next?", "One item, 7 times, 31 dollars.", "ungrounded"),
         ("What runs out next?", "A new product on the next day.", "ungrounded"),
@@ -294,7 +298,7 @@ def honest(number: int, body: dict[str, Any]) -> Act:
 
 def options(**more: Any) -> params.Synthesis:
     plain: dict[str, Any] = {
-        "new_scenarios": 3, "shortlist": 6, "retrieved": 3, "pairs_per_user": 2, "calibration": 8,
+        "new_scenarios": 2, "shortlist": 6, "retrieved": 3, "pairs_per_user": 2, "calibration": 8,
         "scaled": 8, "rules": 2, "quantile": 0.5, "records": 4, "retries": 1, "concurrency": 2,
     }  # fmt: skip
     return params.Synthesis.model_validate({"server": "environment", "model": "tiny"} | plain | more)

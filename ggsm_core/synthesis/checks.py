@@ -88,7 +88,7 @@ class Checker:
         figures, asked_figures = numbers(answer), numbers(query)
         if len(query.split()) < 2 or len(answer.split()) < 2:
             return ["empty: a question and an answer need two words each"]
-        own = {word for fact in history.facts for word in words(fact.name)}
+        own = {word for fact in history.facts for word in words(fact.told)}  # departments too
         named = [fact for fact in history.facts if _names(set(words(answer)) & set(words(fact.name)))]
         counted = {number for fact in named for number in numbers(fact.told)}
         found = []

@@ -19,7 +19,7 @@ from ggsm_core.synthesis.history import History
 from ggsm_core.template import sanitise
 from ggsm_core.text_encoder import TextEncoder
 
-AT_ONCE = 3
+AT_ONCE = 2
 """New scenarios asked for in one question."""
 SHOWN = 4
 """Scenarios of the pool that a question for new ones shows."""
