@@ -39,8 +39,8 @@ class Notebook:
     path: Path
     recipes: tuple[str, ...]
     baselines: tuple[str, ...]
-    stages: tuple[str, ...]
     content: dict[str, Any]
+    stages: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -119,7 +119,7 @@ def _load(path: Path) -> Notebook:
                 f'{path.name}: metadata.ggsm.{key}: {names!r}; allowed: "all", or some of {", ".join(known)}'
             )
         rows.append(tuple(names))
-    return Notebook(path, rows[0], rows[1], tuple(stages), content)
+    return Notebook(path, rows[0], rows[1], content, tuple(stages))
 
 
 def key(notebook: Notebook, plan: Plan) -> str:
