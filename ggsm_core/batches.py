@@ -18,7 +18,7 @@ from safetensors.numpy import load_file as load_numpy
 from torch import Tensor
 
 from ggsm_core.distributed import TrainingError
-from ggsm_core.order import Batches, Index
+from ggsm_core.order import BEHAVIOUR, Batches, Index
 from ggsm_core.shards import ShardError
 from ggsm_core.synthesis.mix import QA
 from ggsm_core.template import Batch, collate
@@ -53,7 +53,7 @@ class Pairs:
             Sequences.load(tokens, "train_answers"),
         )
         self._tokens, self.qa_share = tokens, qa_share
-        names = [name for name in ("behaviour", QA) if Index.exists(tokens, name) or name == "behaviour"]
+        names = [BEHAVIOUR, *([QA] if Index.exists(tokens, QA) else [])]
         if qa_share > 0 and QA not in names:
             raise TrainingError(f"training.qa_share: {qa_share}, and {tokens.name} holds no pairs of D_qa")
         self.pools = [Index.load(tokens, name) for name in names]
@@ -64,7 +64,7 @@ class Pairs:
                 "pairs; delete that folder and start again"
             )
         for name, pool in zip(names, self.pools, strict=True):
-            if (samples := len(pool.by_length)) < batch_size and (name == "behaviour" or qa_share > 0):
+            if (samples := len(pool.by_length)) < batch_size and (name == BEHAVIOUR or qa_share > 0):
                 raise TrainingError(
                     f"training.batch_size: {batch_size} is above the {samples} training samples ({name})"
                 )

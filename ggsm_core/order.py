@@ -19,7 +19,9 @@ import polars as pl
 from safetensors.numpy import save_file
 
 from ggsm_core.shards import ShardError, mapped
+from ggsm_core.synthesis.mix import QA
 
+BEHAVIOUR = "behaviour"
 BUCKET = 16
 """Batches whose samples are shuffled together: more mixes better, fewer pad less."""
 
@@ -50,7 +52,9 @@ class Index:
 
     def save(self, folder: Path, pool: str) -> None:
         """Write ``index-<pool>.safetensors``."""
-        save_file({name: np.ascontiguousarray(array) for name, array in vars(self).items()}, _file(folder, pool))
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in vars(self).items()}, _file(folder, pool)
+        )
 
     @classmethod
     def load(cls, folder: Path, pool: str) -> Index:
@@ -65,6 +69,19 @@ class Index:
 
 def _file(folder: Path, pool: str) -> Path:
     return folder / f"index-{pool}.safetensors"
+
+
+def in_pools(pairs: pl.DataFrame) -> pl.DataFrame:
+    """The pairs in the order that ``save_indexes`` wants: D_behavior, then D_qa, each by sample."""
+    return pairs.sort(pl.col("granularity") == QA, "sample", maintain_order=True)
+
+
+def save_indexes(folder: Path, pairs: pl.DataFrame, lengths: np.ndarray) -> None:
+    """Write the index of each pool that has pairs; ``pairs`` as ``in_pools`` left them, lengths Int64[P]."""
+    behaviour = pairs.filter(pl.col("granularity") != QA).height
+    for pool, part in ((BEHAVIOUR, slice(0, behaviour)), (QA, slice(behaviour, None))):
+        if len(pairs[part]):
+            Index.of(pairs[part], lengths[part]).save(folder, pool)
 
 
 class Batches:

@@ -21,9 +21,8 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from ggsm_core.data import windows
-from ggsm_core.order import Index
+from ggsm_core.order import in_pools, save_indexes
 from ggsm_core.shards import ShardError, mapped
-from ggsm_core.synthesis.mix import QA
 from ggsm_core.template import NUMBERS, Encoded, Record, User, encode_answer, encode_user
 
 SHARD_ROWS = 1 << 18
@@ -182,9 +181,7 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
     (row i is row i of ``probe.parquet``).
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(inputs["pretrain"])
-    pairs = pl.read_parquet(inputs.get("mix", inputs["pairs"]) / "pairs.parquet")
-    of_qa = pl.col("granularity") == QA
-    pairs = pairs.sort(of_qa, "sample", maintain_order=True)  # a pool's samples side by side, see Index
+    pairs = in_pools(pl.read_parquet(inputs.get("mix", inputs["pairs"]) / "pairs.parquet"))
     samples = pl.read_parquet(inputs["windows"] / "samples.parquet")
     probe = samples.filter(pl.col("split") == "probe").select("sample", "user", "anchor")
     users = read_users(inputs["windows"], pl.concat([pairs["sample"], probe["sample"]]), params.template)
@@ -221,9 +218,5 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
     )
     table = table.with_columns(pl.col("user").rank("dense").cast(pl.Int64).alias("user_id"))
     table.write_parquet(out / "pairs.parquet")
-    lengths = Sequences.load(out, "train_users").lengths()
-    behaviour = len(table.filter(~of_qa))
-    Index.of(table[:behaviour], lengths[:behaviour]).save(out, "behaviour")
-    if behaviour < len(table):
-        Index.of(table[behaviour:], lengths[behaviour:]).save(out, QA)
+    save_indexes(out, table, Sequences.load(out, "train_users").lengths())
     probe.write_parquet(out / "probe.parquet")

@@ -89,12 +89,12 @@ def test_the_index_holds_the_pairs_of_each_sample(tmp_path: Path) -> None:
 
 
 def test_a_torn_index_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"index\.safetensors: can't be read"):
+    with pytest.raises(ShardError, match=r"index-behaviour\.safetensors: can't be read"):
         order.Index.load(tmp_path, "behaviour")
     pairs = pl.DataFrame({"sample": [0, 1], "user_id": [0, 1], "answer_id": [0, 1]})
     order.Index.of(pairs, np.array([3, 4])).save(tmp_path, "behaviour")
     whole = (tmp_path / "index-behaviour.safetensors").read_bytes()
     for torn in (whole[:-1], whole[:40], whole[:4], b"", b"\xff" * 64):
         (tmp_path / "index-behaviour.safetensors").write_bytes(torn)
-        with pytest.raises(ShardError, match=r"index\.safetensors: can't be read.*start again"):
+        with pytest.raises(ShardError, match=r"index-behaviour\.safetensors: can't be read.*start again"):
             order.Index.load(tmp_path, "behaviour")

@@ -63,10 +63,7 @@ def test_pairs_that_fit_are_mixed_in_and_the_others_named(inputs: dict[str, Path
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A corpus whose pairs of one granularity are called D_qa."""
-    folders = tiny.corpus(tmp_path_factory.mktemp("mixed"))
-    path = folders["tokens"] / "pairs.parquet"
-    pl.read_parquet(path).with_columns(pl.col("granularity").replace("weeks", mix.QA)).write_parquet(path)
-    return folders
+    return tiny.corpus(tmp_path_factory.mktemp("mixed"), kinds=("visits", mix.QA))
 
 
 @given(share=st.fractions(0, Fraction(19, 20), max_denominator=20), steps=st.integers(1, 60))

@@ -148,12 +148,19 @@ def pad_id() -> int:
     return int(tokenizer().convert_tokens_to_ids(template.PAD_TOKEN))
 
 
-def corpus(folder: Path, *, vocabulary: PreTrainedTokenizerFast | None = None) -> dict[str, Path]:
+def corpus(
+    folder: Path,
+    *,
+    vocabulary: PreTrainedTokenizerFast | None = None,
+    kinds: tuple[str, str] = ("visits", "weeks"),
+) -> dict[str, Path]:
     """What the stages tokens and texts write: two pairs a sample; some households have two samples."""
     answers_of = ("frozen pizza", "soft drinks (grocery)", "a visit on a weekday", "homeowner", "age 45-54")
     vocabulary = vocabulary or tokenizer()
     households = 9
-    rows = [(sample, kind) for sample in range(12) for kind in range(2)]
+    drawn = [(sample, kind, kinds[kind]) for sample in range(12) for kind in range(2)]
+    table = order.in_pools(pl.DataFrame(drawn, schema=["sample", "kind", "granularity"], orient="row"))
+    rows = table.select("sample", "kind").rows()
     encoded = [
         template.encode_user(user(1 + sample % 5, seed=sample), vocabulary, QUERY, max_tokens=LONGEST)
         for sample, _ in rows
@@ -163,7 +170,7 @@ def corpus(folder: Path, *, vocabulary: PreTrainedTokenizerFast | None = None) -
         {
             "sample": [sample for sample, _ in rows],
             "user": [f"household {sample % households}" for sample, _ in rows],
-            "granularity": [("visits", "weeks")[kind] for _, kind in rows],
+            "granularity": table["granularity"],
             "answer_id": answer_ids,
             "user_id": [sample % households for sample, _ in rows],
         }
@@ -175,7 +182,7 @@ def corpus(folder: Path, *, vocabulary: PreTrainedTokenizerFast | None = None) -
     said = [template.encode_answer(answers_of[i], vocabulary, max_tokens=32) for i in answer_ids]
     tokens.write(inputs["tokens"], "train_answers", said)
     pairs.write_parquet(inputs["tokens"] / "pairs.parquet")
-    order.Index.of(pairs, np.array([len(one.input_ids) for one in encoded])).save(inputs["tokens"], "behaviour")
+    order.save_indexes(inputs["tokens"], pairs, np.array([len(one.input_ids) for one in encoded]))
     texts = sorted(WORDS.split(", "))
     (inputs["texts"] / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
     features = np.stack([feature_of(text) for text in texts])
