@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-# A page holds no stderr. On a new machine matplotlib says there that it builds its font list, and tqdm, which
-# transformers imports, that it can't draw widgets.
+# A page holds no stderr, and on a new machine matplotlib says there that it builds its font list.
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message="IProgress not found")
 
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
