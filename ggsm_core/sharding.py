@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -11,11 +10,18 @@ def whole(tensor: Tensor) -> Tensor:
 
     Processes wait for each other here: all must ask, or none.
     """
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_spread(tensor) else tensor  # type: ignore[operator]
 
 
 def spread_like(tensor: Tensor, example: Tensor) -> Tensor:
     """A whole tensor cut up as ``example`` is, if that is, and of its shape."""
-    if not isinstance(example, DTensor) or tensor.shape != example.shape:
+    if not _is_spread(example) or tensor.shape != example.shape:
         return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor  # a second to import, for FSDP2 alone
+
+    assert isinstance(example, DTensor)
     return distribute_tensor(tensor.to(example.device), example.device_mesh, example.placements)
+
+
+def _is_spread(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # DTensor's own, and no other tensor's

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 TRACED = 3
 """Steps that a trace shows, after two that warm up."""
@@ -30,6 +29,8 @@ class Log:
 
     def __init__(self, folder: Path, step: int) -> None:
         """Go on at ``step``; what was written of later steps, before a resume, is cut off."""
+        from torch.utils.tensorboard import SummaryWriter  # half a second to import, for training alone
+
         self._lines = folder / "metrics.jsonl"
         old = self._lines.read_text(encoding="utf-8").splitlines(keepends=True) if step else []
         self._lines.write_text("".join(old[:step]), encoding="utf-8")
