@@ -10,7 +10,7 @@ def whole(tensor: Tensor) -> Tensor:
 
     Processes wait for each other here: all must ask, or none.
     """
-    return tensor.full_tensor() if _is_spread(tensor) else tensor  # type: ignore[operator]
+    return tensor.full_tensor() if _is_spread(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def spread_like(tensor: Tensor, example: Tensor) -> Tensor:

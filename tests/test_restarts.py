@@ -240,7 +240,8 @@ def test_a_hung_process_ends_the_run_in_time_and_another_number_goes_on(
     corpus: dict[str, Path], tmp_path: Path
 ) -> None:
     """Of two, one hangs at step 3; the other says so. One process then ends the run as one would have."""
-    given = fleet.settings("causal", total_steps=6, timeout_seconds=5)
+    # A step of Adam is of the size of the learning rate, and so is what rounding makes of it.
+    given = fleet.settings("causal", total_steps=6, learning_rate=1e-4, timeout_seconds=5)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
         folder.mkdir()
@@ -253,7 +254,8 @@ def test_a_hung_process_ends_the_run_in_time_and_another_number_goes_on(
     second.join()
     fleet.together(1, fleet.run, corpus, given, cut)
     found, expected = final(cut), final(whole)
-    assert all(torch.allclose(found[k], v, rtol=0, atol=1e-5) for k, v in expected.items())
+    worst = max(float((found[k].double() - v.double()).abs().max()) for k, v in expected.items())
+    assert worst <= 1e-5
 
 
 def test_an_unreachable_rendezvous_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

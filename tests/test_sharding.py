@@ -63,7 +63,7 @@ def test_a_frozen_tower_is_refused_under_fsdp2(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(training.Accelerator, "prepare", lambda self, *args: args)
     used = tiny.encoder("ggsm", freeze="tower")
     params = SimpleNamespace(
-        training=sharded_worker.test_training.settings().training, options=used.recipe.options
+        training=sharded_worker.test_training.settings().training, options=used.recipe.options, seed=0
     )
     with pytest.raises(training.TrainingError, match=r"freeze: tower.*DDP"):
         training.Trainer(used, None, params)  # type: ignore[arg-type]
