@@ -28,7 +28,7 @@ test: install  ## the tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 test-slow: install  ## the tests that take long: killed processes, real servers, many ranks
-	@$(PY) -m pytest -q -m slow
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow -n 2 --dist loadfile
 
 lint: install  ## ruff and mypy
 	@$(PY) -m ruff check .

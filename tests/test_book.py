@@ -351,7 +351,10 @@ def test_the_book_prints_on_one_page() -> None:
     assert BOOK is not None
     profile = BOOK.parents[2].name
     done = subprocess.run(
-        ["make", "-o", "book", "print", f"PROFILE={profile}"], cwd=ROOT, capture_output=True, text=True
+        ["make", "--no-print-directory", "-o", "book", "print", f"PROFILE={profile}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     folder = ROOT / Path(done.stdout.split()[-1]).parent
