@@ -67,7 +67,7 @@ def test_any_number_of_processes_computes_the_same_run(
     corpus: dict[str, Path], tmp_path: Path, recipe: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     """Losses, gradients and weights; 7 pairs, which neither 2 nor 4 share evenly, across epochs of 12."""
-    # A step of Adam is of the size of the learning rate even where a gradient is all rounding; this is quick's.
+    # Adam steps by the learning rate even where a gradient is all rounding; this one is quick's.
     given = fleet.settings(recipe, learning_rate=2e-4, **options)
     (expected,) = trained(corpus, tmp_path, 1, given, dtype)
     for world in (2, 4):
