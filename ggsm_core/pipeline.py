@@ -63,6 +63,7 @@ def _book(build: Path, results: Path, pages: list[notebooks.Notebook], say: Call
     executed = [build / "notebooks" / page.path.name for page in pages]
     book_key = book.key(prose, executed, results)
     if not book.is_built(folder, book_key):
+        say(f"assembling {len(executed)} chapters and the pages around them")
         book.assemble(prose, executed, results, folder)
         Scheduler([book.job(folder, pages)], workers(), provenance.ROOT, say).run()
         book.check(folder)
