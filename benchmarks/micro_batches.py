@@ -1,7 +1,7 @@
 """Peak memory of one training step, whole and in micro-batches: ``python benchmarks/micro_batches.py``.
 
 Each figure comes from a process of its own and counts from after the model, its gradients and its optimizer
-exist. Prints one JSON line.
+exist.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import numpy as np
+import report
 import tiny
 import torch
 
@@ -85,4 +86,5 @@ if __name__ == "__main__":
             [sys.executable, __file__, "--one", *one, "ggsm"], check=True, capture_output=True, text=True
         )
         found[label] = json.loads(out.stdout.splitlines()[-1])
-    print(json.dumps(found | {"ratio": round(found["large"]["mib"] / found["small"]["mib"], 3)}))
+    ratio = round(found["large"]["mib"] / found["small"]["mib"], 3)
+    report.write("micro_batches", found | {"ratio": ratio})

@@ -1,17 +1,17 @@
 """Time of nine linear probes with intervals: ``python benchmarks/probes.py [--samples N] [--features D]``.
 
-Synthetic embeddings with the sample counts and positive rates of the nine real tasks; prints one JSON line.
+Synthetic embeddings with the sample counts and positive rates of the nine real tasks.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import time
 
 import joblib
 import numpy as np
+import report
 
 from ggsm_core.evaluation import Households, Task, probe_tasks
 
@@ -63,4 +63,4 @@ if __name__ == "__main__":
     parser.add_argument("--features", type=int, default=256)
     parser.add_argument("--jobs", type=int, default=joblib.cpu_count())
     given = parser.parse_args()
-    print(json.dumps(measure(given.samples, given.features, given.jobs)))
+    report.write("probes", measure(given.samples, given.features, given.jobs))

@@ -2,12 +2,11 @@
 
     python benchmarks/windowing.py
 
-prints JSON: seconds of wall and processor time, peak memory in GB. Goal: 10 s and 3 GB on two cores.
+measures seconds of wall and processor time, peak memory in GB. Goal: 10 s and 3 GB on two cores.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import polars as pl
+import report
 
 from ggsm_core.data import windows
 from ggsm_core.params import Data
@@ -31,14 +31,14 @@ def main() -> None:
         used = resource.getrusage(resource.RUSAGE_SELF)
         samples = pl.scan_parquet(Path(folder, "samples.parquet")).select(pl.len()).collect().item()
     cpu_seconds = used.ru_utime + used.ru_stime - cpu.ru_utime - cpu.ru_stime
-    report = {
+    measured = {
         "samples": samples,
         "seconds": round(seconds, 2),
         "cpu_seconds": round(cpu_seconds, 2),
         "peak_gb": round(used.ru_maxrss * 1024 / 1e9, 2),
         "cores": os.cpu_count(),
     }
-    print(json.dumps(report, indent=2))
+    report.write("windowing", measured)
 
 
 if __name__ == "__main__":
