@@ -288,7 +288,7 @@ import sys
 from ggsm_core.worker import together
 from toy.graph import GRAPH
 run = together(sys.argv[1], "contrast", "ggsm", 0, graph=GRAPH)
-print("has", run.name)
+sys.stdout.write(f"has {run.name}\\n")  # in one piece: two processes share the pipe
 """
 
 

@@ -124,9 +124,11 @@ class LLM:
         self._stopped.clear()
         replies: list[Reply[Schema]] = []
         with ThreadPoolExecutor(self.patience.concurrency) as pool:
-            futures = [pool.submit(self._ask, question) for question in questions]
+            futures = [pool.submit(self._ask_or_stop, question) for question in questions]
             try:
                 for future in as_completed(futures):
+                    if isinstance(future.exception(), _Stopped):
+                        continue  # the error that stopped it is still to come
                     future.result()
                     if progress is not None:
                         progress(sum(other.done() for other in futures), len(futures))
@@ -136,6 +138,13 @@ class LLM:
                 self._stopped.set()
                 pool.shutdown(cancel_futures=True)
         return replies
+
+    def _ask_or_stop(self, question: Question[Schema]) -> Reply[Schema]:
+        try:
+            return self._ask(question)
+        except BaseException:
+            self._stopped.set()  # here, before this thread takes the next question
+            raise
 
     def _ask(self, question: Question[Schema]) -> Reply[Schema]:
         reply: Reply[Schema] = Reply()
