@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from ggsm_core import masks, params, runs, training
 from ggsm_core.embedding import batches_by_length
-from ggsm_core.params import Guidance
+from ggsm_core.sections import Guidance
 from ggsm_core.tokens import Sequences
 
 PROFILE = "params/quick.yaml"

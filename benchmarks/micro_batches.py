@@ -23,7 +23,7 @@ import report
 import tiny
 import torch
 
-from ggsm_core import batches, params, recipes, training
+from ggsm_core import batches, recipes, sections, training
 
 
 def resident() -> int:
@@ -42,10 +42,10 @@ def measure(batch: int, micro_batch: int | None, recipe: str) -> dict[str, float
             recipe=recipe,
             seed=0,
             options=recipes.RECIPES[recipe].section(),
-            training=params.Training(total_steps=10, batch_size=batch, micro_batch=micro_batch),
-            objective=params.Objective(),
-            backbone=params.Backbone(),
-            template=params.Template(max_user_tokens=tiny.LONGEST),
+            training=sections.Training(total_steps=10, batch_size=batch, micro_batch=micro_batch),
+            objective=sections.Objective(),
+            backbone=sections.Backbone(),
+            template=sections.Template(max_user_tokens=tiny.LONGEST),
             lora=None,
         )
         pairs = batches.Pairs(inputs["tokens"], inputs["texts"], 12, 0)

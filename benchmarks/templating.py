@@ -23,7 +23,7 @@ import report
 
 from ggsm_core.data import bulk, made_up
 from ggsm_core.data.events import ZONE
-from ggsm_core.params import Template
+from ggsm_core.sections import Template
 
 USERS, EACH, STEP = 160_000, 62, 16_000
 

@@ -18,7 +18,7 @@ import polars as pl
 import report
 
 from ggsm_core.data import windows
-from ggsm_core.params import Data
+from ggsm_core.sections import Data
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Controls for gradient guidance: weights that have all of GG-SM but what the gradient says.
 
-If the gradient matters, GG-SM beats each of them; ``source`` in ``params.Guidance`` chooses one, and
+If the gradient matters, GG-SM beats each of them; ``source`` in ``sections.Guidance`` chooses one, and
 everything else (warm-up, freezing, opening, the probe pass and its cost) stays as it is.
 
 | source | keeps | takes away |

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from ggsm_core import masks
-from ggsm_core.params import Backbone
+from ggsm_core.sections import Backbone
 from ggsm_core.template import EOS_TOKEN, PAD_TOKEN, SPECIAL_TOKENS
 
 

@@ -5,7 +5,6 @@ Shapes: B global batch, b a process's share of it, F size of the text encoder's 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
-from safetensors.numpy import load_file as load_numpy
 from torch import Tensor
 
 from ggsm_core.distributed import TrainingError
@@ -22,6 +20,7 @@ from ggsm_core.order import BEHAVIOUR, Batches, Index
 from ggsm_core.shards import ShardError
 from ggsm_core.synthesis.mix import QA
 from ggsm_core.template import Batch, collate
+from ggsm_core.text_encoder import features
 from ggsm_core.tokens import Sequences
 
 
@@ -110,19 +109,6 @@ class Pairs:
             *self.identities(rows[part]),
             torch.arange(len(rows))[part],
         )
-
-
-def features(texts: Path) -> Callable[[str], np.ndarray]:
-    """Record text -> Float[F], from the run that encoded them."""
-    names = json.loads((texts / "texts.json").read_text(encoding="utf-8"))
-    table = load_numpy(texts / "texts.safetensors")["features"]
-    index = {name: i for i, name in enumerate(names)}
-    return lambda text: table[index[text]]
-
-
-def feature_size(texts: Path) -> int:
-    """F."""
-    return int(load_numpy(texts / "texts.safetensors")["features"].shape[1])
 
 
 class Chunk:

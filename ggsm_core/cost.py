@@ -19,8 +19,9 @@ from typing import Any
 
 from transformers import AutoConfig, Qwen2Config
 
-from ggsm_core import params
-from ggsm_core.params import Lora, Profile
+from ggsm_core import params, sections
+from ggsm_core.params import Profile
+from ggsm_core.sections import Lora
 from ggsm_core.template import MODALITIES, NUMBERS, SPECIAL_TOKENS
 
 FEATURES = 384
@@ -142,7 +143,7 @@ class Work:
             raise CostError(f"recipe: {recipe!r} is not in profile {profile.name!r}")
         decoder, template, training = _decoder(profile, config), profile.template, profile.training
         probes = 0
-        if isinstance(options, params.Guidance) and options.estimator == "two_pass":
+        if isinstance(options, sections.Guidance) and options.estimator == "two_pass":
             probes = training.total_steps if options.freeze == "tower" else options.warm_steps
         adapter = template.modality_input == "adapter"
         d = decoder.hidden

@@ -313,6 +313,57 @@ def probe_tasks(
     return results
 
 
+LABEL_SHARES = (0.01, 0.1)
+"""Of the labelled households, how many a probe may learn from in ``with_fewer_labels``."""
+
+
+def with_fewer_labels(
+    features: ArrayLike,
+    tasks: Sequence[Task],
+    results: Sequence[ProbeResult],
+    households: Households,
+    *,
+    probe: Probe = PROBES["linear"],
+    shares: Sequence[float] = LABEL_SHARES,
+) -> pl.DataFrame:
+    """AUC where each fold's probe learns from a share of its training households: how dear are labels?
+
+    Same folds, same scored rows and same settings as ``results``, which are the last share, 1. Which
+    households come first is drawn once for all rows of the table, so a larger share holds the smaller one. A
+    share with labels of one class alone takes further households until it has both; ``households`` is the
+    mean number over folds. Columns: task, share, auc, households.
+    """
+    x = np.ascontiguousarray(features, dtype=np.float64)
+    order = np.random.default_rng(0).permutation(len(households.fold))  # rank of each household
+    table = []
+    for task, full in zip(tasks, results, strict=True):
+        fold, folds = households.fold[task.household], len(full.settings)
+        counts = [len(np.unique(task.household[fold != k])) for k in range(folds)]
+        for share in shares:
+            scores, used = np.empty(len(task.rows)), []
+            for k, setting in enumerate(full.settings):
+                few = _first_households(task, order, fold != k, share)
+                used.append(len(np.unique(task.household[few])))
+                part = Task(task.name, task.rows[few | (fold == k)], task.labels[few | (fold == k)],
+                            task.household[few | (fold == k)])  # fmt: skip
+                inside = fold[few | (fold == k)]
+                scores[fold == k] = _held_out(probe, x, part, inside, (k,), (setting,))[0]
+            auc = float(mean_fold_auc(scores, task.labels, fold)[0])
+            table.append((task.name, share, auc, float(np.mean(used))))
+        table.append((task.name, 1.0, full.auc, float(np.mean(counts))))
+    columns = {"task": pl.String, "share": pl.Float64, "auc": pl.Float64, "households": pl.Float64}
+    return pl.DataFrame(table, schema=columns, orient="row")
+
+
+def _first_households(task: Task, order: Ints, allowed: Any, share: float) -> Any:
+    """Bool[n]: the rows of the first ``share`` of the allowed households, and on until both classes occur."""
+    rank = order[task.household]
+    ranks = np.unique(rank[allowed])
+    least = max(rank[allowed & (task.labels == label)].min() for label in (0, 1))
+    last = max(ranks[max(round(share * len(ranks)), 1) - 1], least)
+    return allowed & (rank <= last)
+
+
 def _check_features(x: Floats) -> None:
     if x.ndim != 2 or not x.size:
         raise EvaluationError(f"embeddings: shape {x.shape}; expected [n, d] with n, d > 0")
@@ -459,10 +510,11 @@ def evaluate(
     progress: Progress,
     probe: Probe = PROBES["linear"],
 ) -> None:
-    """Probe ``features`` Float[N, d] of ``samples`` Int[N] on all tasks; write auc.csv and scores.parquet.
+    """Probe ``features`` Float[N, d] of ``samples`` Int[N] on all tasks.
 
-    ``samples`` must be exactly the probe split of ``windows``: all rows of a table are about the same users.
-    Both tables have a column ``simulated`` where the simulator filled a modality, and only there.
+    Writes auc.csv, labels.csv (``with_fewer_labels``) and scores.parquet. ``samples`` must be exactly the
+    probe split of ``windows``: all rows of a table are about the same users. The tables have a column
+    ``simulated`` where the simulator filled a modality, and only there.
     """
     split = pl.read_parquet(windows / "samples.parquet").filter(pl.col("split") == "probe").sort("sample")
     order = np.argsort(samples)
@@ -488,6 +540,9 @@ def evaluate(
         scores.append(pl.DataFrame(columns).with_columns(task=pl.lit(task.name)))
     aucs = pl.DataFrame(auc, schema=AUC_COLUMNS, orient="row")
     marked(aucs, split).write_csv(out / "auc.csv", float_precision=6)
+    fewer = with_fewer_labels(x, tasks, results, households, probe=probe)
+    fewer = fewer.select(pl.lit(recipe).alias("recipe"), pl.lit(seed, pl.Int64).alias("seed"), pl.all())
+    marked(fewer, split).write_csv(out / "labels.csv", float_precision=6)
     marked(pl.concat(scores).select(SCORE_COLUMNS), split).write_parquet(out / "scores.parquet")
 
 

@@ -1,6 +1,6 @@
 """The encoder: adapters, decoder under a recipe's mask, read-out (Fig. 1, Eq. 11-14).
 
-Shapes: B batch, L length, d hidden size, F size of the text encoder's vectors, N numbers of a record.
+Shapes: B batch, L length, d hidden size, F size of the text encoder's vectors.
 Both towers are this one module; they differ in their template and in what the recipe says of them.
 """
 
@@ -20,15 +20,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from ggsm_core import masks, recipes
+from ggsm_core.adapters import Adapters
+from ggsm_core.adapters import EncoderError as EncoderError
 from ggsm_core.backbone import check_mask, positions
-from ggsm_core.params import Lora, Template
+from ggsm_core.sections import Lora, Template
 from ggsm_core.sharding import spread_like, whole
 from ggsm_core.template import (
     EOS_TOKEN,
-    MODALITIES,
-    NUMBERS,
     RECORD_TOKEN,
-    SEGMENTS,
     SPECIAL_TOKENS,
     USER_TOKEN,
     Batch,
@@ -36,34 +35,8 @@ from ggsm_core.template import (
 )
 
 
-class EncoderError(ValueError):
-    """An encoder that can't be built, loaded or trusted."""
-
-
 class NotFinite(EncoderError):
     """A hidden state that is NaN or infinite."""
-
-
-class Adapter(nn.Module):
-    """One modality's adapter: text vector and numbers of a record -> one soft token of the decoder.
-
-    Text encoders are number-blind, so the numbers (``template.NUMBERS``) enter beside the vector.
-    """
-
-    def __init__(self, features: int, hidden: int, scale: float) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(features + len(NUMBERS), 2 * hidden),
-            nn.GELU(),
-            nn.Linear(2 * hidden, hidden),
-            norm := nn.LayerNorm(hidden),
-        )
-        # Soft tokens start at the size of the decoder's own token embeddings.
-        nn.init.constant_(norm.weight, scale)
-
-    def forward(self, features: Tensor, numbers: Tensor) -> Tensor:
-        """Float[n, F], Float[n, N] -> Float[n, d]."""
-        return self.layers(torch.cat([features, numbers], dim=-1).to(next(self.parameters()).dtype))
 
 
 @dataclass(frozen=True)
@@ -117,12 +90,8 @@ class UserEncoder(nn.Module):
         if lacking := [token for token in SPECIAL_TOKENS if token not in added]:
             raise EncoderError(f"tokenizer: {', '.join(lacking)} missing; add all of template.SPECIAL_TOKENS")
         self.ids: dict[str, int] = {token: added[token] for token in SPECIAL_TOKENS}
-        width = decoder.config.hidden_size
         embeddings: Any = decoder.get_input_embeddings()
-        scale = float(embeddings.weight.detach().std())
-        self.adapters = nn.ModuleDict(
-            {name: Adapter(features, width, scale) for name in MODALITIES} if features is not None else {}
-        )
+        self.adapters = Adapters(features, embeddings) if features is not None else None
         self.lora = lora
         self.decoder = decoder if lora is None else _with_lora(decoder, lora, sorted(self.ids.values()))
 
@@ -134,21 +103,9 @@ class UserEncoder(nn.Module):
     def embed_tokens(self, batch: Batch) -> Tensor:
         """Float[B, L, d]: token embeddings, with each record's soft token in its place."""
         embedded = self.decoder.get_input_embeddings()(batch.input_ids)
-        if self.features is None:
+        if self.adapters is None:
             return embedded
-        slots = (batch.input_ids == self.ids[RECORD_TOKEN]) & batch.valid
-        if not bool(slots.any()):
-            return embedded
-        if batch.features is None or batch.numbers is None:
-            raise EncoderError(
-                "features, numbers: missing from a batch with <record> slots; collate with feature_of"
-            )
-        soft = embedded.clone()
-        for name, adapter in self.adapters.items():
-            here = slots & (batch.segments == SEGMENTS[name])
-            if bool(here.any()):
-                soft[here] = adapter(batch.features[here], batch.numbers[here]).to(soft.dtype)
-        return soft
+        return self.adapters.insert(embedded, batch, self.ids[RECORD_TOKEN])
 
     def forward(
         self,

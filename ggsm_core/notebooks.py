@@ -53,7 +53,7 @@ class Notebook:
             recipe: options if recipe in self.recipes else None for recipe, options in dump["recipes"].items()
         }
         dump["baselines"] = [name for name in dump["baselines"] if name in self.baselines]
-        if "synthesis" not in self.stages and not profile.training.qa_share:
+        if "synthesis" not in self.stages and not profile.mixes:
             dump["synthesis"] = None  # another page's matter
         return dump
 

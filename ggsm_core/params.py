@@ -1,4 +1,4 @@
-"""Typed profiles: every number a run depends on, with its meaning, unit and bounds.
+"""Profiles: which rows a table has, and the sections that each of them is made from.
 
 A profile is a YAML file in ``params/``. It may name another file in ``extends`` and then states only what
 differs. ``load`` merges, checks and returns it, or raises ``ProfileError`` that names the field, the value
@@ -11,12 +11,33 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-RECIPE_NAMES = (
+from ggsm_core.sections import (
+    Backbone,
+    Data,
+    Evaluation,
+    Guidance,
+    HybridMlp,
+    Lora,
+    NoParameters,
+    Objective,
+    Pairs,
+    Peers,
+    Pretraining,
+    Scheduler,
+    Section,
+    Synthesis,
+    Template,
+    TextModels,
+    Training,
+    field,
+)
+
+RecipeName = Literal[
     "causal",
     "hybrid_segment",
     "hybrid_mask",
@@ -25,7 +46,8 @@ RECIPE_NAMES = (
     "bidirectional",
     "scheduler",
     "ggsm",
-)
+]
+RECIPE_NAMES: tuple[RecipeName, ...] = get_args(RecipeName)
 FEATURE_BASELINES = ("rfm", "handmade")
 SEQUENCE_BASELINES = ("cpc", "coles", "msdp", "one4all")
 LANGUAGE_BASELINES = ("found", "instructue")
@@ -40,269 +62,10 @@ BASELINE_NAMES = (
     *TEXT_BASELINES,
     *(JOINED + row for row in (*RECIPE_NAMES, *SEQUENCE_BASELINES, *LANGUAGE_BASELINES)),
 )
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class ProfileError(ValueError):
     """A profile that can't be honoured. The message names field, value and mend."""
-
-
-class Section(BaseModel):
-    """One block of a profile: unknown keys are errors, values never coerced between types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-def _field(default: Any, description: str, unit: str = "", **bounds: Any) -> Any:
-    return Field(default, description=description, json_schema_extra={"unit": unit}, **bounds)
-
-
-class Data(Section):
-    """Which events, windows and samples."""
-
-    source: Literal["complete_journey"] = _field("complete_journey", "the event log")
-    households: int | None = _field(
-        None, "use only this many households, drawn with seed 0; null for all", "households", ge=40
-    )
-    history_days: int = _field(90, "length of the history window [a - history, a)", "days", ge=1)
-    future_days: int = _field(30, "length of the future window [a, a + future)", "days", ge=1)
-    train_anchors: list[int] = _field(
-        [90, 120, 150, 180, 210], "anchor days of pre-training and training pairs", "days since 2017-01-01"
-    )
-    probe_anchors: list[int] = _field(
-        [240, 270, 300, 330], "anchor days of the linear probes", "days since 2017-01-01"
-    )
-    protocol: Literal["temporal", "new_users"] = _field(
-        "temporal", "new_users also removes the probed households from all training"
-    )
-    search: Literal["empty", "simulated"] = _field("empty", "the modality this data lacks")
-
-    @model_validator(mode="after")
-    def _no_leak(self) -> Data:
-        if not self.train_anchors or not self.probe_anchors:
-            raise ValueError("train_anchors and probe_anchors need at least one day each")
-        if max(self.train_anchors) + self.future_days > min(self.probe_anchors):
-            raise ValueError(
-                f"train_anchors: the future window of anchor {max(self.train_anchors)} ends on day "
-                f"{max(self.train_anchors) + self.future_days}, after the first probe anchor "
-                f"{min(self.probe_anchors)}; the last train anchor may be at most "
-                f"{min(self.probe_anchors) - self.future_days}"
-            )
-        return self
-
-
-class Template(Section):
-    """How a user becomes a sequence (Fig. 4, Eq. 9-10)."""
-
-    modality_input: Literal["adapter", "text"] = _field(
-        "adapter", "each record as one soft token (Fig. 1), or as plain tokens (Fig. 4)"
-    )
-    bill: int = _field(24, "records kept", "records", ge=0)
-    minipro: int = _field(4, "records kept", "records", ge=0)
-    spm: int = _field(6, "records kept", "records", ge=0)
-    app: int = _field(6, "records kept", "records", ge=0)
-    search: int = _field(4, "records kept", "records", ge=0)
-    tabular: int = _field(10, "records kept", "records", ge=0)
-    max_user_tokens: int = _field(96, "user & query, at most", "tokens", ge=16)
-    max_answer_tokens: int = _field(32, "answer with <EOS>, at most", "tokens", ge=4)
-
-
-class Pairs(Section):
-    """Rule-based behaviour pairs (Sec. 3.1)."""
-
-    query: bool = _field(True, "training pairs carry the query of their granularity; false leaves it out")
-    granularities: list[Literal["categories", "visits", "weeks", "offers"]] = _field(
-        ["categories", "visits", "weeks", "offers"], "how the future window is aggregated into an answer"
-    )
-    facts: int = _field(6, "facts sampled into one answer", "facts", ge=1)
-    seed: int = _field(0, "of the sampling", ge=0)
-
-
-class Synthesis(Section):
-    """Query-answer pairs that a language model writes (Sec. 3.2)."""
-
-    server: Literal["local", "environment"] = _field(
-        "local", "SmolLM2-135M served on this machine, or what OPENAI_BASE_URL and OPENAI_API_KEY name"
-    )
-    model: str | None = _field(None, "the model's name there, for server: environment")
-    records: int = _field(6, "records of each modality that the model is shown", "records", ge=1)
-    new_scenarios: int = _field(300, "scenarios that the model adds to the pool", "scenarios", ge=0)
-    duplicate: float = _field(0.8, "cosine from which two scenarios are one", gt=0.0, le=1.0)
-    shortlist: int = _field(30, "nearest scenarios that the model puts in order", "scenarios", ge=1)
-    retrieved: int = _field(10, "scenarios of a user (Eq. 1)", "scenarios", ge=1)
-    pairs_per_user: int = _field(5, "pairs asked for a user, each on another scenario", "pairs", ge=1)
-    calibration: int = _field(1000, "N, the pairs of the calibration set D_c", "pairs", ge=1)
-    threshold: float | None = _field(None, "T_filter as a value of S_d", ge=0.0, le=2.0)
-    quantile: float | None = _field(0.7, "T_filter as a quantile of S_d over D_c", ge=0.0, le=1.0)
-    rules: int = _field(5, "rules induced from the hard pairs, at most", "rules", ge=0)
-    scaled: int = _field(10000, "pairs asked for under the rules", "pairs", ge=1)
-    temperature: float = _field(0.7, "of the sampling", ge=0.0)
-    top_p: float = _field(1.0, "of the sampling", gt=0.0, le=1.0)
-    max_tokens: int = _field(256, "an answer's length, at most", "tokens", ge=8)
-    attempts: int = _field(2, "at an answer that follows the schema", "answers", ge=1)
-    retries: int = _field(5, "after a failure of the network or the server", ge=0)
-    timeout: float = _field(120.0, "for one answer", "seconds", gt=0.0)
-    concurrency: int = _field(4, "questions under way at once", "questions", ge=1)
-    budget_tokens: int | None = _field(
-        None, "prompts and answers together; null for no limit", "tokens", ge=1
-    )
-    budget_dollars: float | None = _field(None, "null for no limit", "dollars", gt=0.0)
-    prompt_price: float = _field(0.0, "of prompts", "dollars per million tokens", ge=0.0)
-    completion_price: float = _field(0.0, "of answers", "dollars per million tokens", ge=0.0)
-    seed: int = _field(0, "of draws and of the model's sampling", ge=0)
-
-    @model_validator(mode="after")
-    def _possible(self) -> Synthesis:
-        if (self.server == "environment") != (self.model is not None):
-            raise ValueError(
-                f"model: {self.model!r} goes with server: environment, and server is {self.server!r}"
-            )
-        if (self.threshold is None) == (self.quantile is None):
-            raise ValueError("threshold, quantile: T_filter is one of the two; set the other to null")
-        if self.pairs_per_user > self.retrieved or self.retrieved > self.shortlist:
-            raise ValueError(
-                f"pairs_per_user, retrieved, shortlist: {self.pairs_per_user}, {self.retrieved}, "
-                f"{self.shortlist} must not fall"
-            )
-        return self
-
-
-class Backbone(Section):
-    """The decoder."""
-
-    kind: Literal["scratch", "smollm2", "pretrained"] = _field(
-        "scratch", "a small Qwen2 trained here, SmolLM2-135M from its package, or a folder or hub name"
-    )
-    path: str | None = _field(None, "folder or hub name, for kind: pretrained")
-    layers: int = _field(4, "decoder blocks, for kind: scratch", "blocks", ge=1)
-    hidden: int = _field(128, "hidden size d, for kind: scratch", ge=8)
-    heads: int = _field(4, "attention heads, for kind: scratch", "heads", ge=1)
-    intermediate: int = _field(384, "width of the MLP, for kind: scratch", ge=8)
-    vocab: int = _field(4096, "BPE vocabulary, for kind: scratch", "tokens", ge=512)
-    attention: Literal["sdpa", "eager"] = _field("sdpa", "attention backend")
-    dropout: float = _field(0.0, "attention dropout, for kind: scratch", ge=0.0, lt=1.0)
-
-    @model_validator(mode="after")
-    def _shape(self) -> Backbone:
-        if self.hidden % (2 * self.heads):
-            raise ValueError(
-                f"hidden: {self.hidden} is not a multiple of 2 x heads = {2 * self.heads} (rotary pairs)"
-            )
-        if (self.kind == "pretrained") != (self.path is not None):
-            raise ValueError(f"path: {self.path!r} goes with kind: pretrained, and kind is {self.kind!r}")
-        return self
-
-
-class Lora(Section):
-    """Low-rank adaptation of the decoder."""
-
-    rank: int = _field(64, "rank r", ge=1)
-    alpha: int = _field(64, "scaling numerator", ge=1)
-    dropout: float = _field(0.0, "on the low-rank branch", ge=0.0, lt=1.0)
-    targets: list[str] = _field(list(LORA_TARGETS), f"linear layers, of {', '.join(LORA_TARGETS)}")
-
-    @model_validator(mode="after")
-    def _known(self) -> Lora:
-        unknown = sorted(set(self.targets) - set(LORA_TARGETS))
-        if unknown or not self.targets:
-            raise ValueError(
-                f"targets: {unknown or '[]'} not in the decoder; allowed: {', '.join(LORA_TARGETS)}"
-            )
-        return self
-
-
-class Pretraining(Section):
-    """The causal language model that contrastive training starts from (kind: scratch)."""
-
-    steps: int = _field(100, "optimizer steps", "steps", ge=1)
-    batch_size: int = _field(16, "sequences a step", "sequences", ge=1)
-    sequence_tokens: int = _field(256, "tokens of a packed sequence", "tokens", ge=16)
-    learning_rate: float = _field(2e-3, "peak, one-cycle cosine", gt=0.0)
-    seed: int = _field(0, "of weights and batches", ge=0)
-
-
-class Objective(Section):
-    """InfoNCE (Eq. 6-8)."""
-
-    temperature: float = _field(0.05, "tau", gt=0.0)
-    margin: float | None = _field(0.1, "c_margin of Eq. 8; null switches the margin mask off", ge=0.0)
-    margin_from: int = _field(0, "step from which the margin mask acts", "steps", ge=0)
-    same_side: bool = _field(True, "user-user and answer-answer negatives of Eq. 7")
-
-
-class Training(Section):
-    """The contrastive loop."""
-
-    total_steps: int = _field(60, "T_total", "steps", ge=1)
-    batch_size: int = _field(192, "global batch B, over all processes", "pairs", ge=2)
-    micro_batch: int | None = _field(
-        None,
-        "encode so many pairs at a time (GradCache), for a batch larger than memory; null: all",
-        "pairs",
-        ge=1,
-    )
-    learning_rate: float = _field(1e-3, "peak, cosine decay to 0", gt=0.0)
-    lr_warm_share: float = _field(0.1, "share of steps with linearly rising learning rate", ge=0.0, lt=1.0)
-    weight_decay: float = _field(0.01, "AdamW", ge=0.0)
-    adam_beta2: float = _field(
-        0.95,
-        "AdamW's second-moment decay; the large first gradients are forgotten in 20 steps",
-        gt=0.0,
-        lt=1.0,
-    )
-    max_grad_norm: float = _field(1.0, "gradient clipping", gt=0.0)
-    checkpoint_every: int = _field(20, "steps between checkpoints", "steps", ge=1)
-    keep_checkpoints: int = _field(2, "the last K are kept", "checkpoints", ge=1)
-    timeout_seconds: int = _field(600, "an unanswered process ends the run after", "seconds", ge=1)
-    precision: Literal["fp32", "bf16"] = _field("fp32", "autocast precision")
-    answer_mask: Literal["same", "causal", "bidirectional"] = _field(
-        "same", "mask of the answer tower; same = the scalar mean of the left tower's weights"
-    )
-    qa_share: float = _field(
-        0.0, "share of steps whose batch comes from D_qa, the rest from D_behavior", ge=0.0, lt=1.0
-    )
-
-
-class Guidance(Section):
-    """Gradient guidance (Eq. 5, 15), read by ggsm and hybrid_mask."""
-
-    warm_steps: int = _field(6, "T_warm", "steps", ge=0)
-    grad_site: Annotated[str, Field(pattern=r"^(embeddings|final|layer:\d+)$")] = _field(
-        "embeddings", "which hidden state is h_j: embeddings, layer:<k>, final"
-    )
-    normalise: Literal["none", "zscore", "rank"] = _field("none", "of the norms before the sigmoid")
-    estimator: Literal["two_pass", "previous_step"] = _field("two_pass", "where the gradient comes from")
-    freeze: Literal["position", "tower", "segment"] = _field("position", "what is frozen after warm-up")
-    ramp: bool = _field(False, "our extension: weights times beta_t, 0 to 1 over warm-up")
-    source: Literal["gradient", "constant", "random", "shuffled", "position", "attention"] = _field(
-        "gradient", "what the weights are made from; all but gradient are controls, see ggsm_core.ablation"
-    )
-
-    @model_validator(mode="after")
-    def _measured(self) -> Guidance:
-        if self.source == "attention" and self.estimator != "two_pass":
-            raise ValueError(
-                f"source: attention is measured by a probe pass; estimator is {self.estimator!r}"
-            )
-        return self
-
-
-class NoParameters(Section):
-    """A recipe without parameters of its own."""
-
-
-class Scheduler(Section):
-    """Scheduler (A.4 b)."""
-
-    schedule: Literal["soft_linear", "span_linear", "span_cosine"] = _field(
-        "soft_linear", "a growing weight, or a growing span"
-    )
-
-
-class HybridMlp(Section):
-    """Hybrid (b): an MLP opens the mask."""
-
-    width: int = _field(32, "hidden units of the MLP", ge=1)
 
 
 class Recipes(Section):
@@ -324,65 +87,19 @@ class Recipes(Section):
 
 
 class Variant(Section):
-    """A recipe once more as a row of its own, with another option or objective and all else equal."""
+    """A recipe once more as a row of its own, with something changed and all else equal."""
 
-    recipe: Literal[
-        "causal",
-        "hybrid_segment",
-        "hybrid_mask",
-        "hybrid_mlp",
-        "hybrid_gq",
-        "bidirectional",
-        "scheduler",
-        "ggsm",
-    ]
-    options: dict[str, Any] = _field({}, "replace those of the recipe's own section")
-    objective: dict[str, Any] = _field({}, "replace those of the profile's objective")
+    recipe: RecipeName
+    options: dict[str, Any] = field({}, "replace those of the recipe's own section")
+    objective: dict[str, Any] = field({}, "replace those of the profile's objective")
+    training: dict[str, Any] = field({}, "replace those of the profile's training")
 
 
 class Tuned(Section):
     """What tuning chose for a row, as multiples of what the profile says for all (``ggsm_core.tuning``)."""
 
-    rate: float = _field(1.0, "times the learning rate", gt=0.0)
-    length: float = _field(1.0, "times the steps or epochs, and a recipe's warm-up with them", gt=0.0)
-
-
-class Peers(Section):
-    """The other trained systems of Table 2: one size, one budget and one rule to stop for all of them."""
-
-    hidden: int = _field(64, "width, and size of the embedding", ge=8)
-    layers: int = _field(2, "transformer blocks of one4all, msdp and found", "blocks", ge=1)
-    heads: int = _field(4, "attention heads", "heads", ge=1)
-    visits: int = _field(64, "steps of a sequence, the last ones", "visits", ge=4)
-    vocabulary: int = _field(512, "kinds of event with a code of their own", "kinds", ge=16)
-    epochs: int = _field(12, "at most", "epochs", ge=1)
-    patience: int = _field(2, "epochs without a lower validation loss before training stops", "epochs", ge=1)
-    held_out: float = _field(0.1, "share of the training households that training stops by", gt=0.0, le=0.5)
-    batch_size: int = _field(128, "samples a step", "samples", ge=8)
-    learning_rate: float = _field(1e-3, "AdamW, constant", gt=0.0)
-
-    @model_validator(mode="after")
-    def _heads(self) -> Peers:
-        if self.hidden % self.heads:
-            raise ValueError(f"hidden: {self.hidden} is not a multiple of heads = {self.heads}")
-        return self
-
-
-class TextModels(Section):
-    """General text embeddings of Table 2: frozen, from a folder or a hub; MiniLM lies in its package."""
-
-    max_tokens: int = _field(512, "a user's text, at most", "tokens", ge=16)
-    qwen3_embedding: str = _field("Qwen/Qwen3-Embedding-0.6B", "folder or hub name")
-    kalm: str = _field("tencent/KaLM-Embedding-Gemma3-12B-2511", "folder or hub name")
-    nemotron: str = _field("nvidia/llama-embed-nemotron-8b", "folder or hub name")
-
-
-class Evaluation(Section):
-    """Linear probe and uncertainty."""
-
-    folds: int = _field(5, "folds, grouped by household", "folds", ge=3)
-    seed: int = _field(0, "of folds and bootstrap", ge=0)
-    bootstrap: int = _field(1000, "household resamples", "resamples", ge=100)
+    rate: float = field(1.0, "times the learning rate", gt=0.0)
+    length: float = field(1.0, "times the steps or epochs, and a recipe's warm-up with them", gt=0.0)
 
 
 class Row(NamedTuple):
@@ -409,11 +126,11 @@ class Profile(Section):
     objective: Objective = Objective()
     training: Training = Training()
     recipes: Recipes = Recipes()
-    variants: dict[str, Variant] = _field({}, "more rows: name -> recipe, and what differs")
-    tuned: dict[str, Tuned] = _field({}, "row -> its pace; a variant has its recipe's")
+    variants: dict[str, Variant] = field({}, "more rows: name -> recipe, and what differs")
+    tuned: dict[str, Tuned] = field({}, "row -> its pace; a variant has its recipe's")
     evaluation: Evaluation = Evaluation()
-    seeds: list[int] = _field([0], "one training run per recipe and seed")
-    baselines: list[str] = _field(
+    seeds: list[int] = field([0], "one training run per recipe and seed")
+    baselines: list[str] = field(
         ["rfm", "handmade", "oracle"],
         f"rows beside the recipes, of {', '.join(name for name in BASELINE_NAMES if JOINED not in name)}, "
         f"{JOINED}<trained row>",
@@ -426,23 +143,29 @@ class Profile(Section):
         """Rows of contrastive training: the recipes that run, then the variants."""
         return [*self.recipes.active, *self.variants]
 
+    @property
+    def mixes(self) -> bool:
+        """Whether a row of contrastive training takes pairs of D_qa."""
+        return any(self.row(name).training.qa_share > 0 for name in self.trained)
+
     def row(self, name: str) -> Row:
         """What a trained row trains with: a recipe, a variant or a peer."""
         variant = self.variants.get(name)
         recipe = name if variant is None else variant.recipe
         own: Section | None = getattr(self.recipes, recipe, None)
-        objective = self.objective
+        objective, training = self.objective, self.training
         if variant is not None:
             default: Section = Recipes.model_fields[recipe].default
             own = _changed(own or default, variant.options)
             objective = _changed(objective, variant.objective)
+            training = _changed(training, variant.training)
         pace = self.tuned.get(recipe, Tuned())
         if isinstance(own, Guidance) and pace.length != 1:
             own = own.model_copy(update={"warm_steps": _times(own.warm_steps, pace.length)})
-        training = self.training.model_copy(
+        training = training.model_copy(
             update={
-                "learning_rate": self.training.learning_rate * pace.rate,
-                "total_steps": max(_times(self.training.total_steps, pace.length), 1),
+                "learning_rate": training.learning_rate * pace.rate,
+                "total_steps": max(_times(training.total_steps, pace.length), 1),
             }
         )
         peers = self.peers.model_copy(
@@ -484,7 +207,7 @@ class Profile(Section):
         for name in self.baselines:
             if (row := name.removeprefix(JOINED)) not in trained:
                 raise ValueError(f"baselines: {name!r} needs the row {row!r}, which this profile leaves out")
-        if self.training.qa_share > 0 and self.synthesis is None:
+        if self.mixes and self.synthesis is None:
             raise ValueError("training.qa_share: needs the pairs of synthesis, which is null")
         if (self.backbone.kind == "scratch") != (self.pretraining is not None):
             raise ValueError(

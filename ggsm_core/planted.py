@@ -3,7 +3,7 @@
 Every user has one record that decides the answer, the key, at a random place among records that say nothing.
 Guidance finds it where the key's weight is above that of the user's other records.
 
-    experiment(params.Guidance(normalise="rank"))        # one row a step: step, loss, found
+    experiment(sections.Guidance(normalise="rank"))        # one row a step: step, loss, found
 
 What it shows: before training the gradient knows nothing of the key (found is 0.5), and it finds it when,
 and only when, the decoder has learnt to read it, by which time the loss has fallen without it.
@@ -26,7 +26,7 @@ from ggsm_core import guidance, recipes
 from ggsm_core.backbone import new_decoder, train_tokenizer
 from ggsm_core.loss import info_nce
 from ggsm_core.model import UserEncoder
-from ggsm_core.params import Backbone, Guidance
+from ggsm_core.sections import Backbone, Guidance
 from ggsm_core.template import PAD_TOKEN, Batch, Record, User, collate, encode_answer, encode_user
 
 FEATURES = 32  # F, of the records' vectors

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ggsm_core import ablation, guidance, masks
-from ggsm_core.params import Guidance, HybridMlp, NoParameters, Scheduler, Section
+from ggsm_core.sections import Guidance, HybridMlp, NoParameters, Scheduler, Section
 from ggsm_core.template import MODALITIES, SEGMENTS
 
 Tower = Literal["user", "answer"]

@@ -129,7 +129,7 @@ _TABLE = (
     Stage("texts", "ggsm_core.text_encoder", ("data", "template"), ("windows",), seconds=20),
     Stage(
         "pretrain", "ggsm_core.pretraining", ("data", "template", "backbone", "pretraining"),
-        ("windows", "pairs"), resumes=True, seconds=60,
+        ("windows", "pairs", "texts"), resumes=True, seconds=60,
     ),
     Stage(
         "llm", "ggsm_core.synthesis.server", (), seconds=15, aside=True,
@@ -141,7 +141,7 @@ _TABLE = (
     ),
     Stage(
         "mix", "ggsm_core.synthesis.mix", ("template",), ("pairs", "synthesis", "pretrain"), aside=True,
-        when=lambda profile: profile.training.qa_share > 0,
+        when=lambda profile: profile.mixes,
     ),
     Stage(
         "tokens", "ggsm_core.tokens", ("data", "template"),

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from ggsm_core import batches, comparison, params, recipes, runs, training
+from ggsm_core import comparison, params, recipes, runs, sections, text_encoder, training
 from ggsm_core.data import windows
 from ggsm_core.evaluation import households_of
 from ggsm_core.figures import SEGMENT_COLOURS
@@ -90,7 +90,7 @@ def tokenizer(folders: Mapping[str, Path]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folders["pretrain"])
 
 
-def user_of(folders: Mapping[str, Path], sample: int, template: params.Template) -> User:
+def user_of(folders: Mapping[str, Path], sample: int, template: sections.Template) -> User:
     """The records of one sample, as the template shows them."""
     records = pl.scan_parquet(folders["windows"] / "records.parquet").filter(pl.col("sample") == sample)
     return dict(windows.users(records.collect(), template))[sample]
@@ -122,7 +122,7 @@ def sequence(
     """One user as a batch of one sequence, L tokens without padding."""
     one = encoded(user, encoder, profile, query)
     adapter = encoder.features is not None
-    return collate([one], encoder.ids["<pad>"], batches.features(folders["texts"]) if adapter else None)
+    return collate([one], encoder.ids["<pad>"], text_encoder.features(folders["texts"]) if adapter else None)
 
 
 def rows(profile: str, *names: str) -> list[str]:

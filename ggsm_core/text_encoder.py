@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
@@ -88,3 +88,16 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
     features = TextEncoder().encode(texts, progress)
     save_file({"features": features}, out / "texts.safetensors")
     (out / "texts.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
+
+
+def features(texts: Path) -> Callable[[str], np.ndarray]:
+    """Record text -> Float[F], from the run that encoded them."""
+    names = json.loads((texts / "texts.json").read_text(encoding="utf-8"))
+    table = load_file(texts / "texts.safetensors")["features"]
+    index = {name: i for i, name in enumerate(names)}
+    return lambda text: table[index[text]]
+
+
+def feature_size(texts: Path) -> int:
+    """F."""
+    return int(load_file(texts / "texts.safetensors")["features"].shape[1])

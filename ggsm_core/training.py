@@ -31,12 +31,13 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from ggsm_core import checkpoints, dropout, gradcache, guidance, masks, recipes, telemetry
-from ggsm_core.batches import Chunk, PairBatch, Pairs, chunks, feature_size, split
+from ggsm_core import adapters, checkpoints, dropout, gradcache, guidance, masks, recipes, telemetry
+from ggsm_core.batches import Chunk, PairBatch, Pairs, chunks, split
 from ggsm_core.distributed import Shares, TrainingError, answered, joined
 from ggsm_core.loss import LossError, info_nce_rows
 from ggsm_core.model import NotFinite, Output, UserEncoder, load_decoder
 from ggsm_core.template import SEGMENTS
+from ggsm_core.text_encoder import feature_size
 from ggsm_core.tokens import Progress
 
 
@@ -56,7 +57,7 @@ def build_encoder(params: Any, inputs: dict[str, Path]) -> UserEncoder:
         max_length=params.template.max_user_tokens,
     )
     adapter = params.template.modality_input == "adapter"
-    return UserEncoder(
+    encoder = UserEncoder(
         decoder,
         PreTrainedTokenizerFast.from_pretrained(inputs["pretrain"]),
         recipe,
@@ -65,6 +66,9 @@ def build_encoder(params: Any, inputs: dict[str, Path]) -> UserEncoder:
         answer_mask=params.training.answer_mask,
         template=params.template,
     )
+    if encoder.adapters is not None and (inputs["pretrain"] / adapters.FILE).exists():
+        encoder.adapters.load(inputs["pretrain"])  # a published decoder comes without
+    return encoder
 
 
 class Towers(nn.Module):

@@ -23,7 +23,7 @@ from typing import Any
 from filelock import Timeout
 from pydantic import TypeAdapter
 
-from ggsm_core import params, provenance
+from ggsm_core import params, provenance, sections
 from ggsm_core.codehash import closure, code_hash
 from ggsm_core.jobs import context, exit_status, explain, run_missing
 from ggsm_core.runs import DamagedRun, Run, Store
@@ -66,7 +66,7 @@ class Declared:
         )
 
 
-def _typed(parent: type[params.Section], field: str, value: Any) -> Any:
+def _typed(parent: type[sections.Section], field: str, value: Any) -> Any:
     adapter: TypeAdapter[Any] = TypeAdapter(parent.model_fields[field].annotation or type(None))
     return adapter.validate_python(value)
 

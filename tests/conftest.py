@@ -10,7 +10,7 @@ import transformers
 from filelock import FileLock
 from toygraph import toy as toy
 
-from ggsm_core import backbone, params
+from ggsm_core import backbone, sections
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def smollm2_folder(request: pytest.FixtureRequest) -> Path:
     folder = request.config.cache.mkdir(f"smollm2-0.1.2-transformers-{transformers.__version__}")
     with FileLock(folder / ".lock"):
         if not (folder / "tokenizer.json").is_file():  # written last
-            model, tokenizer = backbone.load_pretrained(params.Backbone(kind="smollm2"))
+            model, tokenizer = backbone.load_pretrained(sections.Backbone(kind="smollm2"))
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     return folder

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ggsm_core import batches, params, recipes, training
+from ggsm_core import batches, recipes, sections, training
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fleet"])
@@ -29,7 +29,7 @@ LONG = 20
 def settings(recipe: str = "ggsm", *, lora: bool = False, seed: int = 0, **more: Any) -> SimpleNamespace:
     """What the stage contrast sees of a profile. ``more``: of training, objective or the recipe."""
 
-    def those(section: type[params.Section]) -> dict[str, Any]:
+    def those(section: type[sections.Section]) -> dict[str, Any]:
         return {name: value for name, value in more.items() if name in section.model_fields}
 
     section = recipes.RECIPES[recipe].section
@@ -39,11 +39,11 @@ def settings(recipe: str = "ggsm", *, lora: bool = False, seed: int = 0, **more:
         recipe=recipe,
         seed=seed,
         options=section(**those(section)),
-        training=params.Training(**(schedule | those(params.Training))),
-        objective=params.Objective(**({"temperature": 0.5} | those(params.Objective))),
-        backbone=params.Backbone(),
-        template=params.Template(max_user_tokens=tiny.LONGEST),
-        lora=params.Lora(rank=2, alpha=2, dropout=0.2) if lora else None,
+        training=sections.Training(**(schedule | those(sections.Training))),
+        objective=sections.Objective(**({"temperature": 0.5} | those(sections.Objective))),
+        backbone=sections.Backbone(),
+        template=sections.Template(max_user_tokens=tiny.LONGEST),
+        lora=sections.Lora(rank=2, alpha=2, dropout=0.2) if lora else None,
     )
 
 

@@ -14,7 +14,7 @@ from strategies import properties, seeds, valid_masks
 from test_training import WARM, corpus, fresh_accelerator, settings, steps, trainer
 from torch import Tensor
 
-from ggsm_core import ablation, params, recipes
+from ggsm_core import ablation, params, recipes, sections
 from ggsm_core.params import Profile, ProfileError
 from ggsm_core.runs import Store
 from ggsm_core.stages import GRAPH, Plan
@@ -86,7 +86,7 @@ def test_controls_break_the_bond_between_token_and_weight() -> None:
 @pytest.mark.parametrize("source", CONTROLS)
 def test_a_control_freezes_and_opens_as_ggsm_does(source: str) -> None:
     guided = recipes.build(
-        "ggsm", params.Guidance(source=source, warm_steps=4), total_steps=10, hidden_size=5, max_length=6
+        "ggsm", sections.Guidance(source=source, warm_steps=4), total_steps=10, hidden_size=5, max_length=6
     )
     assert isinstance(guided, recipes.Guided)
     valid, segments = torch.ones(3, 6, dtype=torch.bool), torch.zeros(3, 6, dtype=torch.long)

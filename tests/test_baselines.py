@@ -21,7 +21,7 @@ from ggsm_core.baselines import features as stage
 from ggsm_core.baselines import sequence
 from ggsm_core.baselines.base import Baseline, BaselineError, Histories, scatter
 from ggsm_core.data.events import EPOCH, SCHEMA, ZONE
-from ggsm_core.params import Data, Evaluation, Peers
+from ggsm_core.sections import Data, Evaluation, Peers
 
 ANCHORS = {"train": 90, "probe": 240}
 PEERS = Peers(hidden=8, layers=1, heads=2, epochs=2, batch_size=16)

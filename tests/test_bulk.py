@@ -15,7 +15,7 @@ from polars.testing import assert_frame_equal
 
 from ggsm_core.data import bulk, made_up, windows
 from ggsm_core.data.events import EPOCH, ZONE, EventError, validate
-from ggsm_core.params import Template
+from ggsm_core.sections import Template
 from ggsm_core.template import render
 
 SETTINGS = {"anchor": date(2017, 7, 1), "history_days": 90, "template": Template()}

@@ -13,7 +13,7 @@ import pytest
 from ggsm_core.backbone import train_tokenizer
 from ggsm_core.data import cdnow, pairs, privacy, tasks, windows
 from ggsm_core.data.events import EPOCH, validate
-from ggsm_core.params import Data, Template
+from ggsm_core.sections import Data, Template
 from ggsm_core.template import encode_answer, encode_user
 from ggsm_core.tokens import Sequences
 

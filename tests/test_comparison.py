@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ggsm_core import comparison, evaluation
 from ggsm_core.comparison import differences, holm, over_seeds, with_mean
-from ggsm_core.params import Evaluation
+from ggsm_core.sections import Evaluation
 
 TASKS = ("easy", "hard")
 EVALUATION = Evaluation(bootstrap=300)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2Model
 
-from ggsm_core import cost, masks, params
+from ggsm_core import cost, masks, params, sections
 from ggsm_core.model import _with_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -35,7 +35,7 @@ def case(shape: tuple[int, ...], rank: int | None, half: bool = False, attention
         num_key_value_heads=groups,
         attn_implementation=attention,  # type: ignore[call-arg]
     )
-    lora = params.Lora(rank=rank, alpha=1) if rank else None
+    lora = sections.Lora(rank=rank, alpha=1) if rank else None
     model: Any = Qwen2Model(config)
     model = model if lora is None else _with_lora(model, lora, [1])
     work = cost.Work(cost.Decoder.of(config), lora, 0, 0, (USER, ANSWER), ROWS, 10, 5, half)

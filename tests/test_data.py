@@ -16,7 +16,7 @@ from polars.testing import assert_frame_equal
 from ggsm_core.backbone import train_tokenizer
 from ggsm_core.data import complete_journey, pairs, simulate, tasks, windows
 from ggsm_core.data.events import DAY, EPOCH, SCHEMA, ZONE, EventError, validate
-from ggsm_core.params import Data, Pairs, Template
+from ggsm_core.sections import Data, Pairs, Template
 from ggsm_core.template import NUMBERS, encode_answer, render
 
 COUNTS = {

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import tiny
 
-from ggsm_core import embed, model, params, template
+from ggsm_core import embed, model, sections, template
 from ggsm_core.data import windows
 from ggsm_core.data.events import EPOCH, SCHEMA, EventError, validate
 
@@ -45,7 +45,7 @@ def log(users: int, seed: int = 0) -> pl.DataFrame:
 def encoder(**more: Any) -> model.UserEncoder:
     """With adapters and a template of its own."""
     built = tiny.encoder("ggsm", **({"features": tiny.FEATURES, "layers": 2} | more))
-    built.template = params.Template(bill=3, app=2, max_user_tokens=tiny.LONGEST)
+    built.template = sections.Template(bill=3, app=2, max_user_tokens=tiny.LONGEST)
     return built
 
 
@@ -103,7 +103,9 @@ def test_the_type_is_the_one_asked_for(tmp_path: Path, dtype: Any) -> None:
 
 def test_text_input_needs_no_text_encoder(tmp_path: Path) -> None:
     used = encoder(features=None)
-    used.template = params.Template(modality_input="text", bill=1, app=1, spm=1, max_user_tokens=tiny.LONGEST)
+    used.template = sections.Template(
+        modality_input="text", bill=1, app=1, spm=1, max_user_tokens=tiny.LONGEST
+    )
     # A byte is a token here, and 64 are all there are.
     short = log(5).with_columns(text=pl.lit("tea"), modality=pl.lit("app"))
     out = run(tmp_path, short, encoder=used, texts=None)
@@ -178,7 +180,9 @@ def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     used = encoder(features=None)
-    used.template = params.Template(modality_input="text", bill=1, app=1, spm=1, max_user_tokens=tiny.LONGEST)
+    used.template = sections.Template(
+        modality_input="text", bill=1, app=1, spm=1, max_user_tokens=tiny.LONGEST
+    )
     used.save(tmp_path / "model")
     log(5).write_parquet(tmp_path / "events.parquet")
     arguments = [

@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 from ggsm_core import evaluation
 from ggsm_core.evaluation import Households, linear_probe, mean_fold_auc, paired_difference, weighted_auc
-from ggsm_core.params import Evaluation
+from ggsm_core.sections import Evaluation
 
 FAST = {"bootstrap": 100}
 

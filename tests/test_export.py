@@ -13,7 +13,7 @@ import tiny
 import torch
 from transformers import AutoModel
 
-from ggsm_core import export, model, params, recipes, template
+from ggsm_core import export, model, recipes, sections, template
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 pytestmark = [
@@ -104,7 +104,7 @@ def test_another_way_to_split_text_would_show(tmp_path: Path) -> None:
 
 
 def test_lora_is_merged_and_the_chat_template_left_out(tmp_path: Path) -> None:
-    encoder, folder = saved(tmp_path, "ggsm", lora=params.Lora(rank=4, alpha=8))
+    encoder, folder = saved(tmp_path, "ggsm", lora=sections.Lora(rank=4, alpha=8))
     (folder / "chat_template.jinja").write_text("{% for m in messages %}<bill>{{ m.content }}{% endfor %}")
     assert model.UserEncoder.load(folder, base=tmp_path / "base").tokenizer.chat_template is not None
     export.export(folder, tmp_path / "out", base=tmp_path / "base")

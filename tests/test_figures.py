@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from ggsm_core import figures, story
 from ggsm_core.data import privacy
 from ggsm_core.loss import info_nce_rows
-from ggsm_core.params import RECIPE_NAMES, Lora
+from ggsm_core.params import RECIPE_NAMES
+from ggsm_core.sections import Lora
 from ggsm_core.template import MODALITIES, SEGMENTS, SPECIAL_TOKENS, Record, User, encode_user, render
 
 matplotlib.use("agg")

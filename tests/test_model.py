@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ggsm_core import backbone, guidance, loss, masks, model, params, recipes, template
+from ggsm_core import backbone, guidance, loss, masks, model, recipes, sections, template
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -376,8 +376,8 @@ def test_the_final_states_are_blind_and_the_embeddings_are_not(row: str) -> None
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-@pytest.mark.parametrize("lora", [None, params.Lora(rank=2, alpha=2)])
-def test_layer_k_is_the_output_of_block_k(architecture: str, lora: params.Lora | None) -> None:
+@pytest.mark.parametrize("lora", [None, sections.Lora(rank=2, alpha=2)])
+def test_layer_k_is_the_output_of_block_k(architecture: str, lora: sections.Lora | None) -> None:
     encoder, batch = build("bidirectional", architecture, layers=3, lora=lora), tiny.users([2, 4])
     seen: list[Tensor] = []
     base = encoder.decoder if lora is None else encoder.decoder.get_base_model()
@@ -510,7 +510,7 @@ def shaken(encoder: model.UserEncoder) -> model.UserEncoder:
     return encoder
 
 
-LORA = params.Lora(rank=4, alpha=8)
+LORA = sections.Lora(rank=4, alpha=8)
 
 
 @pytest.fixture
@@ -523,7 +523,7 @@ def base(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("row", ROWS)
 def test_an_encoder_comes_back_from_its_folder(
-    row: str, lora: params.Lora | None, base: Path, tmp_path: Path
+    row: str, lora: sections.Lora | None, base: Path, tmp_path: Path
 ) -> None:
     """Weights, recipe with options and state, tokenizer: embeddings of both towers are bitwise the same."""
     encoder = shaken(build(row, layers=2, lora=lora, answer_mask="same"))
@@ -592,7 +592,7 @@ def break_shape(state: dict[str, Tensor], key: str) -> str:
 @pytest.mark.parametrize("damage", [break_missing, break_unexpected, break_shape])
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_keys_that_do_not_fit_are_errors(
-    damage: Callable[..., str], lora: params.Lora | None, base: Path, tmp_path: Path
+    damage: Callable[..., str], lora: sections.Lora | None, base: Path, tmp_path: Path
 ) -> None:
     build("ggsm", layers=2, lora=lora).save(tmp_path / "whole")
     whole = load_file(tmp_path / "whole" / "encoder.safetensors")

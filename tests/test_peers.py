@@ -19,7 +19,7 @@ from strategies import properties
 from test_baselines import PEERS, event, habit, log, write
 from torch import Tensor, nn
 
-from ggsm_core import params
+from ggsm_core import params, sections
 from ggsm_core.baselines import joined, language, text_embeddings
 from ggsm_core.baselines.base import BaselineError, Histories
 from ggsm_core.baselines.coles import coles_loss
@@ -31,8 +31,9 @@ from ggsm_core.baselines.msdp import Msdp, distribution_loss
 from ggsm_core.baselines.visits import NUMBERS, Visits, Vocabulary
 from ggsm_core.codehash import closure
 from ggsm_core.data import windows
-from ggsm_core.params import Evaluation, Profile, ProfileError
+from ggsm_core.params import Profile, ProfileError
 from ggsm_core.runs import Store
+from ggsm_core.sections import Evaluation
 from ggsm_core.stages import GRAPH, Plan
 from ggsm_core.template import RECORD_TOKEN, render
 
@@ -255,11 +256,11 @@ def declared(name: str, **template: object) -> SimpleNamespace:
     return SimpleNamespace(
         recipe=name,
         seed=0,
-        template=params.Template(max_user_tokens=tiny.LONGEST, **template),
-        backbone=params.Backbone(),
+        template=sections.Template(max_user_tokens=tiny.LONGEST, **template),
+        backbone=sections.Backbone(),
         lora=None,
-        objective=params.Objective(temperature=0.5),
-        training=params.Training(total_steps=8, batch_size=6, learning_rate=1e-2),
+        objective=sections.Objective(temperature=0.5),
+        training=sections.Training(total_steps=8, batch_size=6, learning_rate=1e-2),
         peers=PEERS.model_copy(update={"epochs": 8, "patience": 8, "learning_rate": 1e-2}),
     )
 
@@ -300,7 +301,7 @@ def test_found_needs_records_as_vectors(corpus: dict[str, Path], tmp_path: Path)
 
 def test_minilm_embeds_each_text_by_itself() -> None:
     pytest.importorskip("sentence_transformers")
-    source = text_embeddings.folder_of("minilm", params.TextModels())
+    source = text_embeddings.folder_of("minilm", sections.TextModels())
     system = text_embeddings.FrozenText("minilm", source, 32, lambda *_: None)
     texts = ["soft drinks (grocery), 5 times", "<bill> beef", "a visit on a weekday " * 3]
     got = system.embed(texts)
@@ -319,7 +320,7 @@ def test_the_stage_embeds_the_probe_split_as_the_template_writes_it(tmp_path: Pa
     records = windows.history(events, samples, 90)
     records.write_parquet(folder / "records.parquet")
     asked = SimpleNamespace(
-        recipe="minilm", template=params.Template(), text_models=params.TextModels(max_tokens=48)
+        recipe="minilm", template=sections.Template(), text_models=sections.TextModels(max_tokens=48)
     )
     text_embeddings.run(asked, {"windows": folder}, tmp_path, lambda *_: None)
     stored = load_file(tmp_path / "embeddings.safetensors")
@@ -335,7 +336,7 @@ def test_the_stage_embeds_the_probe_split_as_the_template_writes_it(tmp_path: Pa
 @pytest.mark.parametrize("name", ["qwen3_embedding", "kalm", "nemotron"])
 def test_a_model_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers")
-    settings = params.TextModels(**{name: str(tmp_path / "nowhere")})
+    settings = sections.TextModels(**{name: str(tmp_path / "nowhere")})
     assert text_embeddings.folder_of(name, settings) == str(tmp_path / "nowhere")
     with pytest.raises(text_embeddings.MissingModel, match=rf"text_models\.{name}: .*nowhere"):
         text_embeddings.FrozenText(name, str(tmp_path / "nowhere"), 32, lambda *_: None)
@@ -403,7 +404,7 @@ def test_joined_puts_both_side_by_side(tmp_path: Path) -> None:
     stored = {"embeddings": known[shuffled, None] * np.ones((1, 3), np.float32), "sample": samples[shuffled]}
     save_file(stored, other / "embeddings.safetensors")
     asked = SimpleNamespace(
-        recipe="handmade+cpc", seed=2, data=params.Data(), evaluation=Evaluation(bootstrap=100)
+        recipe="handmade+cpc", seed=2, data=sections.Data(), evaluation=Evaluation(bootstrap=100)
     )
     joined.run(asked, {"windows": folder, "sequence": other}, tmp_path, lambda *_: None)
     table = pl.read_csv(tmp_path / "auc.csv")

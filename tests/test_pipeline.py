@@ -253,8 +253,7 @@ def project(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Toy:
         "title: Toy\nauthor: nobody\nexecute:\n  execute_notebooks: 'off'\nonly_build_toc_files: true\n"
     )
     (book / "_toc.yml").write_text(
-        "format: jb-book\nroot: intro\nchapters:\n"
-        "- file: notebooks/01_first\n- file: status\n- file: api\n"
+        "format: jb-book\nroot: intro\nchapters:\n- file: notebooks/01_first\n- file: status\n- file: api\n"
     )
     (book / "intro.md").write_text("# Toy\n\n![AUC of all rows](_static/result.png)\n")
     for name in ("status", "api"):  # what every page links to

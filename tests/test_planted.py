@@ -9,7 +9,7 @@ import torch
 
 from ggsm_core import planted
 from ggsm_core.backbone import train_tokenizer
-from ggsm_core.params import Guidance
+from ggsm_core.sections import Guidance
 
 
 def batch(users: int = 50, seed: int = 0) -> planted.Planted:

@@ -14,7 +14,7 @@ import torch
 from browser import browser as browser
 from browser import needs_browser, serious
 
-from ggsm_core import guidance, masks, params, player, recipes
+from ggsm_core import guidance, masks, player, recipes, sections
 from ggsm_core.template import SEGMENTS, Batch
 
 L, TOTAL, WARM = 9, 12, 4
@@ -117,7 +117,7 @@ def test_a_long_run_of_a_long_sequence_stays_small() -> None:
     )
     recipe = recipes.build(
         "scheduler",
-        params.Scheduler(schedule="span_cosine"),
+        sections.Scheduler(schedule="span_cosine"),
         total_steps=2000,
         hidden_size=4,
         max_length=length,

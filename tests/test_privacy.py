@@ -11,7 +11,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from ggsm_core import params, stages
+from ggsm_core import params, sections, stages
 from ggsm_core.data import complete_journey, privacy, windows
 from ggsm_core.provenance import package_files
 from ggsm_core.runs import Store
@@ -91,7 +91,7 @@ def test_adapter_tables_and_rendered_histories_hold_no_household() -> None:
     events = events.filter(pl.col("user").is_in(some))
     assert set(events["user"]) == set(some)
     found = pl.DataFrame({"sample": range(3), "user": some, "anchor": [300] * 3}).cast({"anchor": pl.Int32})
-    for _, user in windows.users(windows.history(events, found, 300), params.Template()):
+    for _, user in windows.users(windows.history(events, found, 300), sections.Template()):
         assert not HEX.search(render(user))  # not even the pseudonym
 
 

@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 
-from ggsm_core import backbone, model, params, recipes, template
+from ggsm_core import backbone, model, recipes, sections, template
 
 HISTORY = {
     "app": ["visit to a store on a weekend evening"],
@@ -26,7 +26,7 @@ def encoder() -> model.UserEncoder:
     tokenizer = backbone.train_tokenizer(
         [QUERY, *(text for texts in HISTORY.values() for text in texts)], 512
     )
-    options = params.Backbone(layers=2, hidden=16, heads=2, intermediate=32, vocab=512)
+    options = sections.Backbone(layers=2, hidden=16, heads=2, intermediate=32, vocab=512)
     recipe = recipes.build("bidirectional", None, total_steps=1, hidden_size=16, max_length=96)
     decoder = backbone.new_decoder(options, len(tokenizer)).model
     return model.UserEncoder(decoder, tokenizer, recipe, features=None).eval()

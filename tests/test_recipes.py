@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from strategies import properties, seeds, valid_masks
 from torch import Tensor
 
-from ggsm_core import masks, params, recipes
+from ggsm_core import masks, recipes, sections
 from ggsm_core.template import MODALITIES, SEGMENTS
 
 TOTAL, WARM, SIZE, LONGEST = 10, 4, 5, 12
@@ -28,14 +28,14 @@ steps = st.sampled_from(STEPS)
 towers = st.sampled_from(("user", "answer"))
 
 
-def build(name: str, options: params.Section | None = None) -> recipes.Recipe:
+def build(name: str, options: sections.Section | None = None) -> recipes.Recipe:
     """The recipe for T_total = 10 and sequences of up to 12 tokens."""
     return recipes.build(name, options, total_steps=TOTAL, hidden_size=SIZE, max_length=LONGEST)
 
 
 def guided(name: str, **options: Any) -> recipes.Guided:
     """A recipe with guidance and T_warm = 4."""
-    recipe = build(name, params.Guidance(**{"warm_steps": WARM} | options))
+    recipe = build(name, sections.Guidance(**{"warm_steps": WARM} | options))
     assert isinstance(recipe, recipes.Guided)
     return recipe
 
@@ -115,7 +115,7 @@ def test_hybrid_segment_is_open_inside_the_history_only(
 @given(valid_masks(), seeds, steps, towers)
 def test_soft_scheduler_raises_one_weight(valid: np.ndarray, seed: int, step: int | None, tower: str) -> None:
     w = 1.0 if step is None else reference.soft_linear(step, TOTAL)
-    recipe = build("scheduler", params.Scheduler(schedule="soft_linear"))
+    recipe = build("scheduler", sections.Scheduler(schedule="soft_linear"))
     check(recipe, draw_view(valid, seed, step, tower), lambda b, i, j: w)
 
 
@@ -126,7 +126,7 @@ def test_span_scheduler_shows_up_to_i_plus_delta(
 ) -> None:
     """w is 1 up to Delta(t) real tokens ahead and 0 beyond; Delta may round either way."""
     view = draw_view(valid, seed, step, tower)
-    recipe = build("scheduler", params.Scheduler(schedule=f"span_{shape}"))  # type: ignore[arg-type]
+    recipe = build("scheduler", sections.Scheduler(schedule=f"span_{shape}"))  # type: ignore[arg-type]
     seen = square(recipe.visibility(view))
     share = 1.0 if step is None else reference.share_open(step, TOTAL, shape)
     delta = share * (LONGEST - 1)
@@ -140,7 +140,7 @@ def test_the_cosine_lags_then_leads_the_line() -> None:
     view = draw_view(np.ones((1, LONGEST), dtype=bool), 0)
     opened = {
         shape: [
-            float(build("scheduler", params.Scheduler(schedule=shape)).visibility(at(view, t)).mean())  # type: ignore[arg-type]
+            float(build("scheduler", sections.Scheduler(schedule=shape)).visibility(at(view, t)).mean())  # type: ignore[arg-type]
             for t in range(TOTAL + 1)
         ]
         for shape in ("span_linear", "span_cosine")
@@ -498,7 +498,7 @@ def test_unknown_recipes_and_foreign_options_are_refused() -> None:
     with pytest.raises(ValueError, match="full_attention"):
         build("full_attention")
     with pytest.raises(ValueError, match="options") as error:
-        build("scheduler", params.Guidance())
+        build("scheduler", sections.Guidance())
     assert "Guidance" in str(error.value)
 
 

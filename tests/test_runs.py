@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from toygraph import Toy, small
 
-from ggsm_core import params, provenance, runs
+from ggsm_core import params, provenance, runs, sections
 from ggsm_core.jobs import disk_message
 from ggsm_core.runs import DamagedRun, Run, Store, UndeclaredRun
 from ggsm_core.scheduler import JobFailed
@@ -159,12 +159,15 @@ def test_a_half_written_folder_is_wiped_or_resumed(toy: Toy) -> None:
 
 
 def test_a_stage_sees_what_it_declares_and_nothing_else() -> None:
-    sections = {"training": params.Training().model_dump(), "lora": None}
+    given = {"training": sections.Training().model_dump(), "lora": None}
     declared = Declared(
-        {"stage": "contrast", "sections": sections, "recipe": "ggsm", "seed": 3, "options": {"ramp": True}}
+        {"stage": "contrast", "sections": given, "recipe": "ggsm", "seed": 3, "options": {"ramp": True}}
     )
-    assert declared.training == params.Training() and declared.lora is None
-    assert declared.options == params.Guidance(ramp=True) and (declared.recipe, declared.seed) == ("ggsm", 3)
+    assert declared.training == sections.Training() and declared.lora is None
+    assert declared.options == sections.Guidance(ramp=True) and (declared.recipe, declared.seed) == (
+        "ggsm",
+        3,
+    )
     with pytest.raises(Undeclared, match=r"params\.evaluation.*ggsm_core/stages\.py"):
         _ = declared.evaluation
     with pytest.raises(ValueError):

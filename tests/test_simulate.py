@@ -10,14 +10,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ggsm_core import comparison, evaluation, params
+from ggsm_core import comparison, evaluation, sections
 from ggsm_core.backbone import train_tokenizer
 from ggsm_core.data import simulate, windows
 from ggsm_core.data.events import DAY, validate
 from ggsm_core.template import encode_user, render
 from ggsm_core.tokens import Sequences, write
 
-EVALUATION = params.Evaluation(folds=3, bootstrap=100)
+EVALUATION = sections.Evaluation(folds=3, bootstrap=100)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def log() -> pl.DataFrame:
 
 
 def samples(log: pl.DataFrame) -> pl.DataFrame:
-    return windows.samples(log, params.Data(train_anchors=[90], probe_anchors=[120, 150]))
+    return windows.samples(log, sections.Data(train_anchors=[90], probe_anchors=[120, 150]))
 
 
 def test_searches_are_of_what_the_same_window_holds(log: pl.DataFrame) -> None:
@@ -71,7 +71,7 @@ def test_the_seed_decides_and_only_purchases_are_searched(log: pl.DataFrame) -> 
 
 
 def test_template_and_sequences_carry_the_flag(log: pl.DataFrame, tmp_path: Path) -> None:
-    users = [user for _, user in windows.users(windows.history(log, samples(log), 90), params.Template())]
+    users = [user for _, user in windows.users(windows.history(log, samples(log), 90), sections.Template())]
     for user in users:
         assert all(record.simulated for record in user.records.get("search", ()))
         assert not any(record.simulated for name in ("bill", "app") for record in user.records[name])
@@ -119,7 +119,7 @@ def test_every_table_of_results_says_so_or_has_no_such_column(tmp_path: Path, si
 
 @pytest.mark.slow
 def test_the_stage_marks_its_samples(tmp_path: Path) -> None:
-    data = params.Data(search="simulated", households=60)
+    data = sections.Data(search="simulated", households=60)
     windows.run(SimpleNamespace(data=data), {}, tmp_path, lambda *_: None)
     assert pl.read_parquet(tmp_path / "samples.parquet")["simulated"].all()
     events = pl.read_parquet(tmp_path / "events.parquet")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from llmserver import Act, Server, serving
 from toygraph import small
 
-from ggsm_core import notebooks, params, stages
+from ggsm_core import notebooks, sections, stages
 from ggsm_core.data import windows
 from ggsm_core.data.events import ZONE, validate
 from ggsm_core.provenance import ROOT
@@ -296,12 +296,12 @@ def honest(number: int, body: dict[str, Any]) -> Act:
     return Act(json.dumps({"query": "What runs out next?", "answer": f"{first[1]}, {count} times."}))
 
 
-def options(**more: Any) -> params.Synthesis:
+def options(**more: Any) -> sections.Synthesis:
     plain: dict[str, Any] = {
         "new_scenarios": 2, "shortlist": 6, "retrieved": 3, "pairs_per_user": 2, "calibration": 8,
         "scaled": 8, "rules": 2, "quantile": 0.5, "records": 4, "retries": 1, "concurrency": 2,
     }  # fmt: skip
-    return params.Synthesis.model_validate({"server": "environment", "model": "tiny"} | plain | more)
+    return sections.Synthesis.model_validate({"server": "environment", "model": "tiny"} | plain | more)
 
 
 @dataclass
@@ -317,7 +317,7 @@ class Work:
         self.monkeypatch.setenv("OPENAI_API_KEY", "nobody")
         out = self.root / name
         out.mkdir(exist_ok=True)
-        given = SimpleNamespace(synthesis=options(**more), data=params.Data())
+        given = SimpleNamespace(synthesis=options(**more), data=sections.Data())
         steps.run(given, {"windows": self.log}, out, lambda done, total, message: None)
         return out
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toygraph import small
 
-from ggsm_core import comparison, mixes, params, runs, training
+from ggsm_core import runs, sections, stages, training
 from ggsm_core.synthesis import mix, steps
 
 
@@ -45,7 +45,7 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_pairs_that_fit_are_mixed_in_and_the_others_named(inputs: dict[str, Path], tmp_path: Path) -> None:
-    template = params.Template(max_user_tokens=tiny.LONGEST, max_answer_tokens=32)
+    template = sections.Template(max_user_tokens=tiny.LONGEST, max_answer_tokens=32)
     mix.run(SimpleNamespace(template=template), inputs, tmp_path, lambda done, total, what: None)
     both = pl.read_parquet(tmp_path / "pairs.parquet")
     assert both.columns == ["sample", "granularity", "query", "answer", "answer_id"]
@@ -97,20 +97,18 @@ def test_too_few_pairs_of_d_qa_are_an_error(mixed: dict[str, Path]) -> None:
         training.Pairs(mixed["tokens"], mixed["texts"], 13, 0, 0.5)
 
 
-def test_a_mix_is_a_profile_of_its_own_and_a_row_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[float, str, str | None]] = []
-
-    def ensure(profile: params.Profile, stage: str, recipe: str | None = None, seed: int = 0) -> runs.Run:
-        asked.append((profile.training.qa_share, stage, recipe))
-        return runs.Run(tmp_path / f"{stage}-{recipe}-{profile.training.qa_share}")
-
-    compared: dict[str, Path] = {}
-    monkeypatch.setattr(runs, "ensure", ensure)
-    monkeypatch.setattr(comparison, "run", lambda given, inputs, out, progress: compared.update(inputs))
-    mixes.compare(small(synthesis={}), "ggsm", [0.0, 0.25], tmp_path / "out")
-    assert [*compared] == ["windows", "probe:causal:0", "probe:ggsm qa 0 %:0", "probe:ggsm qa 25 %:0"]
-    assert (0.25, "probe", "ggsm") in asked and (0.0, "probe", "causal") in asked
+def test_a_mix_is_a_row_of_the_comparison() -> None:
+    share = {"recipe": "ggsm", "training": {"qa_share": 0.25}}
+    profile = small(synthesis={}, variants={"ggsm_qa_25": share})
+    plan = stages.Plan(stages.GRAPH, profile, runs.Store())
+    mixed, plain = (plan.node("contrast", row, 0) for row in ("ggsm_qa_25", "ggsm"))
+    shares = [node.config["sections"]["training"]["qa_share"] for node in (mixed, plain)]
+    assert shares == [0.25, 0.0]
+    # Both read the same tokens, which hold both kinds of pairs; the plain row takes none of the second.
+    assert mixed.inputs["tokens"].name == plain.inputs["tokens"].name
+    assert plan.node("mix").name == plain.inputs["tokens"].inputs["mix"].name
+    assert f"probe:ggsm_qa_25:{profile.seeds[0]}" in plan.node("compare").inputs
     with pytest.raises(ValueError, match="qa_share"):
-        mixes.variants(small(synthesis={}), [1.0])
+        small(synthesis=None, variants={"ggsm_qa_25": share})
+    with pytest.raises(ValueError, match="qa_share"):
+        small(synthesis={}, variants={"ggsm_qa_25": share | {"training": {"qa_share": 1.0}}})

@@ -14,7 +14,7 @@ import transformers
 from pydantic import BaseModel, ConfigDict
 from test_synthesis import log as log
 
-from ggsm_core import params
+from ggsm_core import sections
 from ggsm_core.synthesis import client, server, steps
 from ggsm_core.synthesis.budget import Budget
 from ggsm_core.synthesis.cache import Cache
@@ -84,13 +84,13 @@ def test_the_real_server_answers_and_is_gone_afterwards(served: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_the_whole_synthesis_with_the_real_model(served: Path, log: Path, tmp_path: Path) -> None:
-    options = params.Synthesis(
+    options = sections.Synthesis(
         records=2, new_scenarios=3, shortlist=4, retrieved=2, pairs_per_user=2, calibration=2, scaled=2,
         rules=1, max_tokens=56, attempts=1, concurrency=1, timeout=300.0, budget_tokens=20_000,
     )  # fmt: skip
     told: list[str] = []
     steps.run(
-        SimpleNamespace(synthesis=options, data=params.Data()),
+        SimpleNamespace(synthesis=options, data=sections.Data()),
         {"windows": log, "llm": served},
         tmp_path,
         lambda done, total, message: told.append(message),

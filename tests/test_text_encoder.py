@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from ggsm_core import text_encoder
-from ggsm_core.params import Template
+from ggsm_core.sections import Template
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from strategies import properties
 from torch import Tensor
 
-from ggsm_core import checkpoints, loss, model, params, recipes, training
+from ggsm_core import checkpoints, loss, model, params, recipes, sections, training
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -49,21 +49,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def settings(recipe: str = "ggsm", *, lora: bool = False, seed: int = 0, **more: Any) -> SimpleNamespace:
     """What the stage contrast sees of a profile. ``more``: of training, objective or the recipe."""
 
-    def those(section: type[params.Section]) -> dict[str, Any]:
+    def those(section: type[sections.Section]) -> dict[str, Any]:
         return {name: value for name, value in more.items() if name in section.model_fields}
 
     section = recipes.RECIPES[recipe].section
-    guided = {"warm_steps": WARM} if section is params.Guidance else {}
+    guided = {"warm_steps": WARM} if section is sections.Guidance else {}
     schedule = {"total_steps": TOTAL, "batch_size": BATCH, "learning_rate": 1e-2, "checkpoint_every": 2}
     return SimpleNamespace(
         recipe=recipe,
         seed=seed,
         options=section(**(guided | those(section))),
-        training=params.Training(**(schedule | those(params.Training))),
-        objective=params.Objective(**({"temperature": 0.5} | those(params.Objective))),
-        backbone=params.Backbone(),
-        template=params.Template(max_user_tokens=tiny.LONGEST),
-        lora=params.Lora(rank=2, alpha=2) if lora else None,
+        training=sections.Training(**(schedule | those(sections.Training))),
+        objective=sections.Objective(**({"temperature": 0.5} | those(sections.Objective))),
+        backbone=sections.Backbone(),
+        template=sections.Template(max_user_tokens=tiny.LONGEST),
+        lora=sections.Lora(rank=2, alpha=2) if lora else None,
     )
 
 

@@ -23,7 +23,7 @@ from transformers import (
     Qwen3Model,
 )
 
-from ggsm_core import backbone, model, order, params, recipes, template, tokens
+from ggsm_core import backbone, model, order, recipes, sections, template, tokens
 
 ARCHITECTURES = {
     "qwen2": (Qwen2Config, Qwen2Model),
@@ -90,7 +90,7 @@ def encoder(
     layers: int = 1,
     attention: str = "sdpa",
     features: int | None = None,
-    lora: params.Lora | None = None,
+    lora: sections.Lora | None = None,
     answer_mask: str = "same",
     **options: Any,
 ) -> model.UserEncoder:

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerFast
 
+from ggsm_core.adapters import Adapter
 from ggsm_core.baselines.answered import Answered, Users
 from ggsm_core.baselines.base import Baseline, BaselineError
 from ggsm_core.baselines.fitting import Log, Loss, fit, in_batches
 from ggsm_core.baselines.visits import transformer
 from ggsm_core.loss import info_nce
-from ggsm_core.model import Adapter
 from ggsm_core.template import MODALITIES, RECORD_TOKEN, SEGMENTS, Batch, Encoded, collate
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from ggsm_core.baselines.answered import Answered, Users
 from ggsm_core.baselines.fitting import Log, learn
 from ggsm_core.baselines.found import Found
 from ggsm_core.baselines.instructue import InstructUe
-from ggsm_core.batches import Pairs, features
+from ggsm_core.batches import Pairs
+from ggsm_core.text_encoder import features
 from ggsm_core.tokens import Sequences
 
 if TYPE_CHECKING:

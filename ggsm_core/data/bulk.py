@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ggsm_core import params
+from ggsm_core import params, sections
 from ggsm_core.data import windows
 from ggsm_core.data.events import EPOCH, SCHEMA, EventError, validate
 from ggsm_core.template import render
@@ -42,7 +42,7 @@ PARTITIONS = 16
 _OUT = pa.schema({"user": pa.large_string(), "text": pa.large_string()})
 
 
-def templates(events: pa.Table, *, anchor: date, history_days: int, template: params.Template) -> pa.Table:
+def templates(events: pa.Table, *, anchor: date, history_days: int, template: sections.Template) -> pa.Table:
     """Each user's history before ``anchor`` as text: user, text (null without any record), sorted by user.
 
     ``events`` has the columns of ``events.SCHEMA`` and all events of each of its users. Pure: the same events
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine", choices=("local", "ray"), default="local")
     given = parser.parse_args(arguments)
     try:
-        template = params.load(given.profile).template if given.profile else params.Template()
+        template = params.load(given.profile).template if given.profile else sections.Template()
         run = {"local": local, "ray": on_ray}[given.engine]
         run(given.events, given.out, anchor=given.anchor, history_days=given.history_days, template=template)
     except (ValueError, OSError) as problem:
