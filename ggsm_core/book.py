@@ -11,6 +11,7 @@ from typing import Any
 
 import polars as pl
 import yaml
+from safetensors import safe_open
 
 from ggsm_core import pages, provenance
 from ggsm_core.codehash import code_hash
@@ -23,7 +24,7 @@ from ggsm_core.stages import Plan
 SECONDS = 45.0
 TOOLS = ("jupyter-book", "sphinx", "myst-nb", "myst-parser", "sphinx-book-theme", "sphinx-mathjax-offline")
 SHARED = ("libraries", "params", "data", "profile", "label")  # told once, not with each run
-TABLES = ("auc.csv", "differences.csv")
+TABLES = ("auc.csv", "differences.csv", "labels.csv")
 CITATION = provenance.ROOT / "CITATION.cff"
 REFERENCE = "<!-- one section for each module, made from its docstrings -->\n"
 """The line of ``api.md`` in whose place the reference is put."""
@@ -46,6 +47,7 @@ def write_results(plan: Plan, folder: Path, notebooks: Path) -> None:
         provenance.write_atomically(
             folder / table, (plan.store.folder(compare.name) / table).read_text(encoding="utf-8")
         )
+    provenance.write_atomically(folder / "costs.csv", costs(plan).write_csv(float_precision=1))
     runs = [Run(plan.store.folder(node.name)).provenance | {"run": node.name} for node in plan.all()]
     last = runs[-1]
     now = context(plan, compare)
@@ -62,6 +64,28 @@ def write_results(plan: Plan, folder: Path, notebooks: Path) -> None:
         "notebooks": {path.stem: seconds(notebooks, path.stem) for path in sorted(notebooks.glob("*.ipynb"))},
     }  # fmt: skip
     provenance.write_atomically(folder / "provenance.json", json.dumps(result, indent=1) + "\n")
+
+
+def costs(plan: Plan) -> pl.DataFrame:
+    """What each embedding costs: its dimension d, seconds of training and of embedding all probe samples.
+
+    The wall time of its runs, two of which share two cores. A peer's one run trains and embeds; a frozen
+    decoder or text encoder has no training. Columns: recipe, seed, dimension, training_seconds,
+    embedding_seconds (null where it isn't told apart).
+    """
+    table = []
+    for stage in ("embed", "sequence", "language", "text"):
+        for node in plan.of_stage(stage) if stage in plan.graph.stages else ():
+            folder = plan.store.folder(node.name)
+            with safe_open(folder / "embeddings.safetensors", framework="numpy") as file:
+                dimension = file.get_slice("embeddings").get_shape()[1]
+            trained, own = node.inputs.get("contrast"), Run(folder).provenance["seconds"]
+            training = Run(plan.store.folder(trained.name)).provenance["seconds"] if trained else 0.0
+            apart = (training, own) if stage in ("embed", "text") else (own, None)
+            table.append((node.row, node.seed, dimension, *apart))
+    kinds = (pl.String, pl.Int64, pl.Int64, pl.Float64, pl.Float64)
+    columns = ("recipe", "seed", "dimension", "training_seconds", "embedding_seconds")
+    return pl.DataFrame(table, schema=dict(zip(columns, kinds, strict=True)), orient="row")
 
 
 def key(prose: Path, executed: list[Path], results: Path) -> str:

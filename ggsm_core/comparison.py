@@ -30,6 +30,14 @@ from ggsm_core.evaluation import (
 REFERENCES = ("bidirectional", "causal", "handmade")  # the two plain masks, and what a user has without us
 MEAN = "mean"  # the pseudo-task: plain average of the AUC over all tasks
 LEVEL = 0.05
+LABEL_COLUMNS = {
+    "recipe": pl.String,
+    "seed": pl.Int64,
+    "task": pl.String,
+    "share": pl.Float64,
+    "auc": pl.Float64,
+    "households": pl.Float64,
+}
 
 
 def holm(p: Sequence[float]) -> Floats:
@@ -130,8 +138,9 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
 
     Writes auc.csv, the rows' own tables and the pseudo-task ``mean``, whose interval resamples the same
     households in all tasks at once; and differences.csv, each row (mean over its seeds) against each of
-    ``REFERENCES`` that takes part. Intervals there are plain 95 % ones, over households and over seeds where
-    there are several (the same seed is one draw in both rows: it shares data order and pre-trained decoder).
+    ``REFERENCES`` that takes part; and labels.csv, the AUC from fewer labels. Intervals of differences are
+    plain 95 % ones, over households and over seeds where there are several (the same seed is one draw in
+    both rows: it shares data order and pre-trained decoder).
     The verdict stands after Holm's correction (``p_holm`` < 0.05) in two families for each reference: the
     mean over all rows, which is the claim; and all single tasks of all rows. An interval can leave out 0
     where the verdict is "no difference shown": one of many comparisons does so by chance.
@@ -165,4 +174,13 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
     gaps = differences(points, draws, rows[0].table["task"].to_list())
     for name, table in (("auc", pl.concat(row.table for row in rows)), ("differences", gaps)):
         marked(table, samples).write_csv(out / f"{name}.csv", float_precision=6)
+    fewer = pl.concat(_labels(name, folder) for name, folder in folders.items())
+    marked(fewer, samples).write_csv(out / "labels.csv", float_precision=6)
     progress(len(folders), len(folders), "differences")
+
+
+def _labels(name: str, folder: Path) -> pl.DataFrame:
+    """A row's table of ``evaluation.with_fewer_labels``, under its name here."""
+    _, recipe, *rest = name.split(":")
+    table = pl.read_csv(folder / "labels.csv", schema_overrides=LABEL_COLUMNS).select(*LABEL_COLUMNS)
+    return table.with_columns(recipe=pl.lit(recipe), seed=pl.lit(int(rest[0]) if rest else 0, pl.Int64))

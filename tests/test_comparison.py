@@ -114,6 +114,10 @@ def row(house: Path, name: str, strength: float, seed: int = 0) -> Path:
         )
     pl.DataFrame(auc, schema=evaluation.AUC_COLUMNS, orient="row").write_csv(folder / "auc.csv")
     pl.concat(scores).write_parquet(folder / "scores.parquet")
+    fewer = [
+        (name, seed, task, share, 0.5 + share / 4, 160 * share) for task in TASKS for share in (0.1, 1.0)
+    ]
+    pl.DataFrame(fewer, schema=comparison.LABEL_COLUMNS, orient="row").write_csv(folder / "labels.csv")
     return folder
 
 
@@ -140,6 +144,8 @@ def test_stage_gathers_means_and_differences(house: Path, tmp_path: Path) -> Non
         mean = part.filter(task="mean")
         assert mean["ci_low"][0] < mean["auc"][0] < mean["ci_high"][0]
         assert mean["n"].item() == 400
+    fewer = pl.read_csv(tmp_path / "out" / "labels.csv")
+    assert fewer.height == 4 * 4 and set(fewer["recipe"]) == {"handmade", "causal", "ggsm"}
     assert set(gaps["reference"]) == {"causal", "handmade"}  # bidirectional isn't there
     assert gaps.columns == [
         "row",

@@ -390,3 +390,23 @@ def test_stage_writes_one_row_a_task_and_the_scores_behind_it(windows: Path, tmp
     save_file({"embeddings": x[probed[1:]], "sample": probed[1:]}, embed / "embeddings.safetensors")
     with pytest.raises(evaluation.EvaluationError, match="239 embedded, 240 in the probe split"):
         evaluation.run(params, {"embed": embed, "windows": windows}, tmp_path, lambda *_: None)
+
+
+def test_fewer_labels_are_those_of_nested_households_and_of_both_classes() -> None:
+    x, labels, groups = planted(users=200)
+    households = Households.of(groups, **FAST)
+    task = evaluation.make_task("t", np.arange(len(x)), labels, groups, households)
+    rare = evaluation.make_task("rare", np.arange(len(x)), (x[:, 0] > 1.6).astype(int), groups, households)
+    results = evaluation.probe_tasks(x, [task, rare], households)
+    table = evaluation.with_fewer_labels(x, [task, rare], results, households, shares=(0.02, 0.2))
+    of_task, of_rare = (table.filter(task=name) for name in ("t", "rare"))
+    assert of_task["share"].to_list() == [0.02, 0.2, 1.0]
+    assert of_task["auc"][2] == results[0].auc and of_task["auc"][0] < of_task["auc"][2]
+    assert of_task["households"].to_list()[1:] == [32.0, 160.0]
+    # 3 of 160 households hardly ever have a rare label: further ones are taken until there is one.
+    assert of_rare["households"][0] > of_task["households"][0] >= 3
+    # Negative control: households drawn for labels alone know nothing of noise.
+    noise = np.random.default_rng(5).normal(size=x.shape)
+    blind = evaluation.probe_tasks(noise, [task], households)
+    shares = evaluation.with_fewer_labels(noise, [task], blind, households, shares=(0.2,))
+    assert abs(shares["auc"][0] - 0.5) < 0.1
