@@ -20,7 +20,7 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
     """Stage ``embed``: Float[n, d], one row a probe sample.
 
     Without a contrast run among its inputs it embeds with the decoder before contrastive training (the
-    paper's oracle), its adapters untrained.
+    paper's oracle).
     """
     if "contrast" in inputs:
         base = inputs["pretrain"] if params.lora is not None else None

@@ -150,6 +150,24 @@ def trained(profile: str, recipe: str) -> UserEncoder:
     return UserEncoder.load(runs.ensure(profile, "contrast", recipe).folder, base=base)
 
 
+def learned(profile: str, rows: Sequence[str]) -> pl.DataFrame:
+    """What contrastive training did, over the last tenth of the steps of each row's first seed.
+
+    loss beside chance, the loss log(1 + true negatives) of an encoder that gives all one embedding; positive
+    and negative, the mean cosines of pairs and of all others; apart, their difference. Collapsed is where
+    chance and loss are equal and both cosines 1: the loss has fallen all the same.
+    """
+    table = []
+    for row in rows:
+        metrics = pl.read_ndjson(runs.ensure(profile, "contrast", row).folder / "metrics.jsonl")
+        last = metrics.tail(max(len(metrics) // 10, 1)).with_columns(
+            chance=(1 + pl.col("true_negatives")).log(), apart=pl.col("positive") - pl.col("negative")
+        )
+        means = last.select("loss", "chance", "positive", "negative", "apart").mean()
+        table.append(means.select(pl.lit(row).alias("row"), pl.all()))
+    return pl.concat(table)
+
+
 @torch.inference_mode()
 def attention(encoder: UserEncoder, batch: Batch) -> np.ndarray:
     """Float[layers, L, L]: attention of one sequence, mean over heads, under the mask of inference.
