@@ -229,8 +229,8 @@ def boosted_scores(x: Floats, y: Ints, held: Floats, settings: Sequence[float]) 
 
 
 PROBES = {
-    # C, the most regularised first. An embedding may vary a thousandfold more along one direction than another,
-    # and what lies along a narrow one takes large weights.
+    # C, the most regularised first. An embedding may vary a thousand times more one way than another,
+    # and what lies along a narrow way takes large weights.
     "linear": Probe(linear_scores, (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)),
     "boosted": Probe(boosted_scores, (15, 30, 60, 120)),  # trees
 }
