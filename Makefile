@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install book print results test test-slow lint params bench lab clean
+.PHONY: help install book print results study test test-slow lint params bench lab clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -23,6 +23,9 @@ print: book  ## the whole book on one page, for printing
 
 results: install  ## the same up to results/PROFILE/, without notebooks and book
 	@$(PY) -m ggsm_core.pipeline --profile params/$(PROFILE).yaml --target results
+
+study: install  ## the evidence, hours: every system, five seeds, ablations (RECIPES=ggsm,causal SEEDS=0: a part)
+	@$(PY) -m ggsm_core.study $(if $(RECIPES),--recipes $(RECIPES)) $(if $(SEEDS),--seeds $(SEEDS))
 
 test: install  ## the tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile

@@ -17,14 +17,15 @@ from ggsm_core import pages, provenance
 from ggsm_core.codehash import code_hash
 from ggsm_core.jobs import context
 from ggsm_core.notebooks import INJECTED, PACKAGE, Notebook, seconds, shown_path
-from ggsm_core.runs import Run
 from ggsm_core.scheduler import Job
 from ggsm_core.stages import Plan
+from ggsm_core.stages import check as whole_runs
 
 SECONDS = 45.0
 TOOLS = ("jupyter-book", "sphinx", "myst-nb", "myst-parser", "sphinx-book-theme", "sphinx-mathjax-offline")
 SHARED = ("libraries", "params", "data", "profile", "label")  # told once, not with each run
-TABLES = ("auc.csv", "differences.csv", "labels.csv")
+TABLES = ("auc.csv", "rows.csv", "differences.csv", "covariance.csv", "labels.csv")
+COSTS = "costs.csv"
 CITATION = provenance.ROOT / "CITATION.cff"
 REFERENCE = "<!-- one section for each module, made from its docstrings -->\n"
 """The line of ``api.md`` in whose place the reference is put."""
@@ -47,8 +48,9 @@ def write_results(plan: Plan, folder: Path, notebooks: Path) -> None:
         provenance.write_atomically(
             folder / table, (plan.store.folder(compare.name) / table).read_text(encoding="utf-8")
         )
-    provenance.write_atomically(folder / "costs.csv", costs(plan).write_csv(float_precision=1))
-    runs = [Run(plan.store.folder(node.name)).provenance | {"run": node.name} for node in plan.all()]
+    provenance.write_atomically(folder / COSTS, costs(plan).write_csv(float_precision=1))
+    whole = whole_runs(plan.all(), plan.store)  # all but those that only a page is about
+    runs = [run.provenance | {"run": name} for name, run in whole.items()]
     last = runs[-1]
     now = context(plan, compare)
     result: dict[str, Any] = {
@@ -61,6 +63,7 @@ def write_results(plan: Plan, folder: Path, notebooks: Path) -> None:
             {key: value for key, value in run.items() if key not in SHARED}
             for run in runs
         ],
+        "tables": {path.name: provenance.sha256(path) for path in map(folder.joinpath, (*TABLES, COSTS))},
         "notebooks": {path.stem: seconds(notebooks, path.stem) for path in sorted(notebooks.glob("*.ipynb"))},
     }  # fmt: skip
     provenance.write_atomically(folder / "provenance.json", json.dumps(result, indent=1) + "\n")
@@ -150,6 +153,33 @@ def assemble(prose: Path, executed: list[Path], results: Path, folder: Path) -> 
                 cell["metadata"]["tags"].append("remove-cell")
         content["cells"].append(pages.colophon(path.stem, content))
         (folder / "notebooks" / path.name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    _leave_out(folder, {path.stem for path in executed})
+
+
+def _leave_out(folder: Path, chapters: set[str]) -> None:
+    """Take all but ``chapters`` from the table of contents; a link to one of the others becomes its words."""
+    toc = folder / "_toc.yml"
+    content = yaml.safe_load(toc.read_text(encoding="utf-8"))
+    absent: set[str] = set()
+
+    def kept(entry: dict[str, Any]) -> bool:
+        place, _, name = str(entry.get("file", "")).rpartition("/")
+        if place != "notebooks" or name in chapters:
+            return True
+        absent.add(name)
+        return False
+
+    parts = content.get("parts", [content])
+    for part in parts:
+        part["chapters"] = [entry for entry in part["chapters"] if kept(entry)]
+    if not absent:
+        return
+    if "parts" in content:
+        content["parts"] = [part for part in parts if part["chapters"]]
+    toc.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    link = re.compile(rf"\[([^\]]*)\]\([^)\s]*\b(?:{'|'.join(sorted(absent))})\.ipynb[^)]*\)")
+    for path in [*folder.glob("*.md"), *(folder / "notebooks").glob("*.ipynb")]:
+        path.write_text(link.sub(r"\1", path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def job(folder: Path, notebooks: list[Notebook]) -> Job:

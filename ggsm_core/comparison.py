@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ggsm_core.data.tasks import DOMAINS, TASKS
 from ggsm_core.evaluation import (
     AUC_COLUMNS,
     Difference,
@@ -133,6 +134,50 @@ def differences(points: dict[str, Floats], draws: dict[str, Floats], tasks: list
     return pl.DataFrame(table, schema=dict(zip(columns, types, strict=True)), orient="row")
 
 
+def with_domains(per_task: Floats, tasks: list[str]) -> dict[str, Floats]:
+    """[T + 1, ...] -> task or mean -> [...], and domain -> the plain average of its tasks."""
+    found = dict(zip(tasks, per_task, strict=True))
+    for domain in DOMAINS:
+        members = [found[task.name] for task in TASKS if task.domain == domain and task.name in found]
+        if members:
+            found[domain] = np.mean(members, axis=0)
+    return found
+
+
+def averages(
+    points: dict[str, Floats], draws: dict[str, Floats], tasks: list[str], seeds: dict[str, int]
+) -> pl.DataFrame:
+    """Each row's mean over its seeds on every task, domain and the mean, with its interval over both."""
+    table = [
+        (row, seeds[row], task, float(point), *interval(drawn))
+        for row in points
+        for (task, point), drawn in zip(
+            with_domains(points[row], tasks).items(), with_domains(draws[row], tasks).values(), strict=True
+        )
+    ]
+    types = (pl.String, pl.Int64, pl.String, *[pl.Float64] * 3)
+    columns = ("recipe", "seeds", "task", "auc", "ci_low", "ci_high")
+    return pl.DataFrame(table, schema=dict(zip(columns, types, strict=True)), orient="row")
+
+
+def covariances(draws: dict[str, Floats], tasks: list[str]) -> pl.DataFrame:
+    """How the rows' averages vary together over households and seeds: task, row, other, covariance.
+
+    One line for each unordered pair, a row and itself included. With the averages it gives the standard error
+    of any paired difference, also of two rows of which neither is a reference.
+    """
+    names = list(draws)
+    pairs = [(i, j) for i in range(len(names)) for j in range(i, len(names))]
+    split = [with_domains(draws[name], tasks) for name in names]
+    table = []
+    for task in split[0]:
+        together = np.atleast_2d(np.cov([one[task] for one in split]))
+        table += [(task, names[i], names[j], float(together[i, j])) for i, j in pairs]
+    types = (*[pl.String] * 3, pl.Float64)
+    columns = ("task", "row", "other", "covariance")
+    return pl.DataFrame(table, schema=dict(zip(columns, types, strict=True)), orient="row")
+
+
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
     """Stage ``compare``: ``windows``; rows ``probe:<row>:<seed>``, ``joined:..`` and ``baseline:<row>``.
 
@@ -143,7 +188,8 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
     both rows: it shares data order and pre-trained decoder).
     The verdict stands after Holm's correction (``p_holm`` < 0.05) in two families for each reference: the
     mean over all rows, which is the claim; and all single tasks of all rows. An interval can leave out 0
-    where the verdict is "no difference shown": one of many comparisons does so by chance.
+    where the verdict is "no difference shown": one of many comparisons does so by chance. rows.csv has the
+    averages over seeds, covariance.csv what any other paired difference needs.
     """
     evaluation = params.evaluation
     folders = {name: folder for name, folder in inputs.items() if name != "windows"}
@@ -171,9 +217,16 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
         )
         for name, group in runs.items()
     }
-    gaps = differences(points, draws, rows[0].table["task"].to_list())
-    for name, table in (("auc", pl.concat(row.table for row in rows)), ("differences", gaps)):
+    tasks = rows[0].table["task"].to_list()
+    tables = {
+        "auc": pl.concat(row.table for row in rows),
+        "rows": averages(points, draws, tasks, {name: len(group) for name, group in runs.items()}),
+        "differences": differences(points, draws, tasks),
+    }
+    for name, table in tables.items():
         marked(table, samples).write_csv(out / f"{name}.csv", float_precision=6)
+    together = marked(covariances(draws, tasks), samples)
+    together.write_csv(out / "covariance.csv", float_scientific=True, float_precision=5)
     fewer = pl.concat(_labels(name, folder) for name, folder in folders.items())
     marked(fewer, samples).write_csv(out / "labels.csv", float_precision=6)
     progress(len(folders), len(folders), "differences")

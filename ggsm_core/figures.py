@@ -445,15 +445,17 @@ def embedding_map(points: ArrayLike, labels: Mapping[str, ArrayLike], *, axes_la
 
 def result(auc: pl.DataFrame) -> Figure:
     """The comparison at a glance: mean AUC of every row and seed (auc.csv of stage ``compare``)."""
-    mean = auc.filter(pl.col("task") == "mean").sort("auc")
-    names = mean["recipe"].unique(maintain_order=True).to_list()
+    mean = auc.filter(pl.col("task") == "mean")
+    average = mean.group_by("recipe", maintain_order=True).agg(pl.col("auc", "ci_high").mean()).sort("auc")
+    names = average["recipe"].to_list()
     with _figure(height=0.9 + 0.27 * len(names)) as (figure, axes):
         axis: Axes = axes[0, 0]
         for name, value, low, high in mean.select("recipe", "auc", "ci_low", "ci_high").iter_rows():
             drawn, row = looks(names)[name], names.index(name)
             axis.plot([low, high], [row, row], color=INK, lw=1.2)
             axis.plot(value, row, marker=drawn.marker, color=drawn.colour, ms=8, mec=INK, mew=0.7)
-            axis.text(high, row, f"  {value:.3f}", va="center", fontsize=8.5)
+        for row, (value, high) in enumerate(average.select("auc", "ci_high").iter_rows()):
+            axis.text(high, row, f"   {value:.3f}", va="center", fontsize=8.5)
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(-0.6, len(names) - 0.4)
         axis.margins(x=0.12)

@@ -3,7 +3,8 @@
 A notebook's metadata declares the runs that it reads: ``"ggsm": {"recipes": ["ggsm"], "baselines": []}``
 (or "all"). It is given a profile that holds those recipes and baselines and no others, and may read their
 runs and no others, so its key covers what it shows. Stages that only one page is about (``Stage.aside``) are
-declared too: ``"stages": ["synthesis"]``.
+declared too: ``"stages": ["synthesis"]``. So are tables that are committed under ``results/``:
+``"results": ["study"]``; a page that reads those alone needs no run.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ggsm_core import provenance
+from ggsm_core import evidence, provenance
 from ggsm_core.codehash import code_hash, imports, module_file
 from ggsm_core.params import BASELINE_NAMES, RECIPE_NAMES, Profile
 from ggsm_core.runs import READS
@@ -41,10 +42,16 @@ class Notebook:
     baselines: tuple[str, ...]
     content: dict[str, Any]
     stages: tuple[str, ...] = ()
+    results: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         return self.path.stem
+
+    @property
+    def published(self) -> bool:
+        """Whether it reads committed tables and nothing else."""
+        return reads_tables_alone(self.content["metadata"]["ggsm"])
 
     def narrowed(self, profile: Profile) -> dict[str, Any]:
         """The profile with the declared recipes and baselines alone, as a mapping."""
@@ -59,6 +66,8 @@ class Notebook:
 
     def reads(self, plan: Plan) -> list[Node]:
         """Runs that all rows share, those of its own rows and stages, the comparison if it has all rows."""
+        if self.published:
+            return []
         rows = {*self.recipes, *self.baselines}
         everything = rows >= {*plan.profile.recipes.active, *plan.profile.baselines}
 
@@ -84,6 +93,12 @@ class Notebook:
         return found
 
 
+def reads_tables_alone(declared: Mapping[str, Any]) -> bool:
+    """Whether a notebook's ``metadata.ggsm`` names committed tables and no run."""
+    runs = any(declared.get(key) for key in ("recipes", "baselines", "stages"))
+    return bool(declared.get("results")) and not runs
+
+
 def _reads_many(node: Node) -> bool:
     return node.stage.per == "profile" and any(need.row for need in node.inputs.values())
 
@@ -96,7 +111,7 @@ def discover(folder: Path) -> list[Notebook]:
 def _load(path: Path) -> Notebook:
     content = json.loads(path.read_text(encoding="utf-8"))
     declared = content["metadata"].get("ggsm")
-    if not isinstance(declared, dict) or set(declared) - {"stages"} != {"recipes", "baselines"}:
+    if not isinstance(declared, dict) or set(declared) - {"stages", "results"} != {"recipes", "baselines"}:
         raise NotebookError(
             f"{path.name}: metadata.ggsm is {declared!r}; it must be "
             '{"recipes": [...], "baselines": [...]}, what the notebook reads (a list, or "all")'
@@ -106,6 +121,10 @@ def _load(path: Path) -> Notebook:
         raise NotebookError(
             f"{path.name}: metadata.ggsm.stages: {stages!r}; allowed: some of {', '.join(aside)}"
         )
+    results = declared.get("results", [])
+    if not isinstance(results, list) or not set(results) <= set(evidence.PROFILES):
+        allowed = ", ".join(evidence.PROFILES)
+        raise NotebookError(f"{path.name}: metadata.ggsm.results: {results!r}; allowed: some of {allowed}")
     if not any("parameters" in cell["metadata"].get("tags", []) for cell in content["cells"]):
         raise NotebookError(
             f"{path.name}: no cell is tagged `parameters`, so the profile would not reach it; "
@@ -119,7 +138,7 @@ def _load(path: Path) -> Notebook:
                 f'{path.name}: metadata.ggsm.{key}: {names!r}; allowed: "all", or some of {", ".join(known)}'
             )
         rows.append(tuple(names))
-    return Notebook(path, rows[0], rows[1], content, tuple(stages))
+    return Notebook(path, rows[0], rows[1], content, tuple(stages), tuple(results))
 
 
 def key(notebook: Notebook, plan: Plan) -> str:
@@ -130,6 +149,7 @@ def key(notebook: Notebook, plan: Plan) -> str:
             "metadata": notebook.content["metadata"],
             "profile": notebook.narrowed(plan.profile),
             "runs": [node.name for node in notebook.reads(plan)],
+            "results": {name: evidence.hashes(name) for name in notebook.results},
             "code": code_hash({__name__, *notebook.modules()}, PACKAGE),
             "libraries": provenance.libraries()
             | provenance.versions("matplotlib", "seaborn", "papermill", "ipykernel"),
@@ -170,7 +190,14 @@ def job(notebook: Notebook, notebook_key: str, plan: Plan, folder: Path, runs: P
     provenance.write_atomically(profile, json.dumps(notebook.narrowed(plan.profile), indent=1))
     allowed = notebook.reads(plan)
     provenance.write_atomically(
-        reads, json.dumps({"notebook": notebook.path.name, "runs": [node.name for node in allowed]})
+        reads,
+        json.dumps(
+            {
+                "notebook": notebook.path.name,
+                "runs": [node.name for node in allowed],
+                "results": notebook.results,
+            }
+        ),
     )
     progress_file = keys / f"{notebook.name}.progress.json"
     request = {

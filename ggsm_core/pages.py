@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ggsm_core import provenance
-from ggsm_core.notebooks import PACKAGE, Notebook
+from ggsm_core.notebooks import PACKAGE, Notebook, reads_tables_alone
 
 PROFILES = {
     "quick": "minutes on two cores",
@@ -22,19 +22,24 @@ PAPER = ("template", "masks", "guidance", "recipes", "loss", "model", "evaluatio
 """The modules that are the paper, in the order in which it tells them."""
 
 
-def commands(name: str) -> dict[str, str]:
-    """Profile -> the command that executes notebook ``name`` under it, from the project's folder."""
+def commands(name: str, published: bool = False) -> dict[str, str]:
+    """Profile -> the command that executes notebook ``name`` under it, from the project's folder.
+
+    A ``published`` page reads committed tables alone: every profile would show the same.
+    """
     return {
         profile: f".venv/bin/python -m papermill notebooks/{name}.ipynb build/{name}.ipynb "
         f"-k python3 -p profile params/{profile}.yaml"
-        for profile in PROFILES
+        for profile in list(PROFILES)[: 1 if published else None]
         if (provenance.ROOT / "params" / f"{profile}.yaml").is_file()
     }
 
 
 def colophon(name: str, executed: dict[str, Any]) -> dict[str, Any]:
     """The last cell of a page: how long it took, how to execute it again, where its code is described."""
-    lines = "\n".join(f"# {PROFILES[profile]}\n{line}" for profile, line in commands(name).items())
+    published = reads_tables_alone(executed["metadata"].get("ggsm", {}))
+    told = PROFILES | ({"quick": "seconds, from committed tables"} if published else {})
+    lines = "\n".join(f"# {told[key]}\n{line}" for key, line in commands(name, published).items())
     used = sorted(Notebook(Path(f"{name}.ipynb"), (), (), executed).modules() - {PACKAGE.name})
     code = ", ".join(f"{{py:mod}}`{module}`" for module in used)
     took = _papermill(executed)["duration"]

@@ -1,5 +1,8 @@
 """The whole path for one profile: runs, notebooks, book. What is whole and current is not made again.
 
+The book of a profile whose results are committed (``evidence.PROFILES``) is made from them: the pages that
+read such tables alone, and the prose around them. Nothing is trained for it.
+
 python -m ggsm_core.pipeline --profile params/quick.yaml [--target results|notebooks|book]
 """
 
@@ -13,11 +16,11 @@ from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from ggsm_core import book, notebooks, params, provenance
+from ggsm_core import book, evidence, notebooks, params, provenance
 from ggsm_core.jobs import exit_status, missing_jobs, workers
 from ggsm_core.runs import Store
 from ggsm_core.scheduler import Scheduler
-from ggsm_core.stages import GRAPH, Plan
+from ggsm_core.stages import GRAPH, Node, Plan
 
 TARGETS = ("results", "notebooks", "book")
 
@@ -33,20 +36,25 @@ def make(profile: Path, target: str = "book", say: Callable[[str], None] = print
     with _alone(build, say):
         plan = Plan(GRAPH, loaded, Store())
         pages = [] if target == "results" else notebooks.discover(root / "notebooks")
-        _run(plan, pages, say)
-        book.write_results(plan, results, build / "notebooks")
+        if pages and loaded.name in evidence.PROFILES:
+            evidence.load(loaded.name)  # what is wrong with the tables is said before any page is made
+            pages = [page for page in pages if page.published]
+            _run(plan, [], pages, say)
+        else:
+            _run(plan, plan.all(), pages, say)
+            book.write_results(plan, results, build / "notebooks")
         if target == "book":
             _book(build, results, pages, say)
     say(f"{target} of profile {loaded.name!r} whole after {time.monotonic() - began:.0f} s")
 
 
-def _run(plan: Plan, pages: list[notebooks.Notebook], say: Callable[[str], None]) -> None:
+def _run(plan: Plan, nodes: list[Node], pages: list[notebooks.Notebook], say: Callable[[str], None]) -> None:
     folder = provenance.ROOT / "build" / plan.profile.name / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
     gone = {path for path in folder.glob("*.ipynb") if path.name not in {page.path.name for page in pages}}
     for path in gone if pages else ():
         path.unlink()  # a page whose source was removed is no page of the book
-    jobs = missing_jobs(plan, plan.all(), say)
+    jobs = missing_jobs(plan, nodes, say)
     for page in pages:
         page_key = notebooks.key(page, plan)
         if not notebooks.is_executed(page, page_key, folder):

@@ -192,10 +192,17 @@ GRAPH = Graph({stage.name: stage for stage in _TABLE}, Path(__file__).resolve().
 
 
 class Plan:
-    """The graph laid out for one profile."""
+    """The graph laid out for one profile; ``only`` leaves rows and seeds out, with all else as it is."""
 
-    def __init__(self, graph: Graph, profile: Profile, store: Store) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        profile: Profile,
+        store: Store,
+        only: Callable[[str, int | None], bool] | None = None,
+    ) -> None:
         self.graph, self.profile, self.store = graph, profile, store
+        self._only = only or (lambda row, seed: True)
         self._nodes: dict[tuple[str, str | None, int | None], Node] = {}
         self._code: dict[str, str] = {}
 
@@ -209,7 +216,8 @@ class Plan:
 
     def of_stage(self, stage: str) -> list[Node]:
         """Every run of ``stage`` under the profile, in the order of the profile's rows and seeds."""
-        return [self.node(stage, row, seed) for row, seed in self._rows(self.graph.stages[stage])]
+        rows = self._rows(self.graph.stages[stage])
+        return [self.node(stage, row, seed) for row, seed in rows if row is None or self._only(row, seed)]
 
     def all(self) -> list[Node]:
         """Every run, each after those it needs."""

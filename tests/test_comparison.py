@@ -169,6 +169,35 @@ def test_stage_gathers_means_and_differences(house: Path, tmp_path: Path) -> Non
     assert again.equals(auc) and gaps_again.equals(gaps)
 
 
+def test_averages_and_covariances_give_any_paired_difference(house: Path, tmp_path: Path) -> None:
+    """Against the table of differences, which takes the bootstrap draws themselves."""
+    inputs = {"windows": house}
+    for name, strength in (("causal", 1.0), ("ggsm", 1.6)):
+        inputs |= {f"probe:{name}:{seed}": row(house, name, strength, seed) for seed in (0, 1)}
+    auc, gaps = compare(inputs, tmp_path / "out")
+    rows = pl.read_csv(tmp_path / "out" / "rows.csv")
+    together = pl.read_csv(tmp_path / "out" / "covariance.csv")
+    assert set(rows["seeds"]) == {2} and rows["task"].unique().sort().to_list() == ["easy", "hard", "mean"]
+    for task in ("easy", "hard", "mean"):
+        told = dict(rows.filter(task=task).select("recipe", "auc").iter_rows())
+        seen = auc.filter(recipe="ggsm", task=task)["auc"].mean()
+        assert told["ggsm"] == pytest.approx(seen, abs=2e-6)
+        one = together.filter(task=task)
+        of = {(a, b): c for _, a, b, c in one.iter_rows()}
+        error = np.sqrt(of["causal", "causal"] + of["ggsm", "ggsm"] - 2 * of["causal", "ggsm"])
+        gap = gaps.filter(row="ggsm", reference="causal", task=task)
+        assert told["ggsm"] - told["causal"] == pytest.approx(gap["difference"].item(), abs=3e-6)
+        width = (gap["ci_high"] - gap["ci_low"]).item()
+        assert 2 * 1.96 * error == pytest.approx(width, rel=0.15)
+
+
+def test_a_domain_is_the_average_of_its_tasks() -> None:
+    tasks = ["redeem_known", "mailer_share_hi", "login_7d", comparison.MEAN]
+    found = comparison.with_domains(np.array([[0.2], [0.4], [0.9], [0.5]]), tasks)
+    assert found["marketing"] == pytest.approx(0.3) and found["user prediction"] == pytest.approx(0.9)
+    assert "preference" not in found and found["mean"] == 0.5
+
+
 def test_one_resample_of_households_serves_all_tasks(house: Path, tmp_path: Path) -> None:
     """Two tasks with the same scores and labels: their mean is as uncertain as each. Drawn apart, its
     interval would be 0.71 as wide."""

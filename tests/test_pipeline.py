@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import published
 import pytest
 import yaml
 from toygraph import Toy, small
@@ -105,7 +106,12 @@ def test_children_use_their_share_of_the_cores_and_no_launchers_words(
 
 
 def write_notebook(
-    path: Path, *cells: str, recipes: Any = (), baselines: Any = (), parameters: bool = True
+    path: Path,
+    *cells: str,
+    recipes: Any = (),
+    baselines: Any = (),
+    parameters: bool = True,
+    **declared: Any,
 ) -> Path:
     """A notebook with a heading, the parameters cell, and these code cells."""
     first = {
@@ -123,6 +129,7 @@ def write_notebook(
             "ggsm": {
                 "recipes": recipes if recipes == "all" else list(recipes),
                 "baselines": baselines if baselines == "all" else list(baselines),
+                **declared,
             },
         },
         "nbformat": 4,
@@ -187,6 +194,7 @@ def test_a_notebook_may_read_what_it_declares(toy: Toy) -> None:
         ({"recipes": []}, "metadata.ggsm"),
         ({"recipes": ["ggsmm"], "baselines": []}, "ggsmm"),
         ({"recipes": [], "baselines": [], "stages": ["tokens"]}, "stages.*synthesis"),
+        ({"recipes": [], "baselines": [], "results": ["quick"]}, "results.*study"),
     ],
 )
 def test_a_bad_declaration_is_refused(tmp_path: Path, ggsm: Any, words: str) -> None:
@@ -330,6 +338,54 @@ def test_a_book_that_would_execute_notebooks_itself_is_refused(project: Toy) -> 
     (project.folder / "book" / "_config.yml").write_text("title: Toy\nexecute:\n  execute_notebooks: force\n")
     with pytest.raises(ValueError, match=r"execute_notebooks is 'force'"):
         make(project)
+
+
+@pytest.fixture
+def study(project: Toy) -> Toy:
+    """The project with a published study, and a page that reads nothing else."""
+    profile = small(name="study").model_dump(mode="json")
+    (project.folder / "params" / "study.yaml").write_text(yaml.safe_dump(profile))
+    published.publish(project.folder, "study", {"causal": 1, "ggsm": 2, "oracle": 1})
+    write_notebook(project.folder / "notebooks" / "02_second.ipynb", "print(2 * 21)", results=["study"])
+    toc = project.folder / "book" / "_toc.yml"
+    toc.write_text(toc.read_text() + "- file: notebooks/02_second\n")
+    (project.folder / "book" / "intro.md").write_text(
+        "# Toy\n\n[The first](notebooks/01_first.ipynb), [the second](notebooks/02_second.ipynb).\n"
+    )
+    return project
+
+
+def test_a_published_book_is_made_from_its_tables_without_a_run(study: Toy) -> None:
+    before = {path: path.read_bytes() for path in (study.folder / "results").rglob("*.*")}
+    lines: list[str] = []
+    pipeline.make(study.folder / "params" / "study.yaml", "book", lines.append)
+    assert not list((study.folder / "runs").glob("[!.]*"))
+    assert before == {path: path.read_bytes() for path in (study.folder / "results").rglob("*.*")}
+    pages = study.folder / "build" / "study" / "book" / "_build" / "html"
+    assert not (pages / "notebooks" / "01_first.html").exists()
+    assert "42" in (pages / "notebooks" / "02_second.html").read_text()
+    intro = (pages / "intro.html").read_text()
+    assert "The first, <a" in intro and 'href="notebooks/02_second.html"' in intro
+    make(study)  # the other book has both
+    html = study.folder / "build" / "toy" / "book" / "_build" / "html" / "notebooks"
+    assert {path.name for path in html.glob("0*.html")} == {"01_first.html", "02_second.html"}
+
+
+def test_a_published_book_without_its_tables_says_how_to_get_them(study: Toy) -> None:
+    (study.folder / "results" / "study" / "rows.csv").unlink()
+    with pytest.raises(ValueError, match=r"results/study/rows\.csv is missing; publish it again: `python -m"):
+        pipeline.make(study.folder / "params" / "study.yaml", "book", print)
+
+
+def test_a_page_follows_the_tables_that_it_reads(study: Toy) -> None:
+    first, second = notebooks.discover(study.folder / "notebooks")
+    assert (first.published, second.published) == (False, True)
+    assert second.reads(study.plan()) == []
+    keys = [notebooks.key(page, study.plan()) for page in (first, second)]
+    with (study.folder / "results" / "study" / "labels.csv").open("a") as file:
+        file.write("ggsm,1,mean,1.0,0.7,10\n")
+    assert notebooks.key(first, study.plan()) == keys[0]
+    assert notebooks.key(second, study.plan()) != keys[1]
 
 
 def test_results_alone(project: Toy) -> None:

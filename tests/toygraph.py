@@ -48,7 +48,8 @@ def run(params, inputs, out, progress):
 def run(params, inputs, out, progress):
     rows = [(folder / "auc.csv").read_text() for name, folder in sorted(inputs.items())]
     (out / "auc.csv").write_text("recipe,seed,task,auc,ci_low,ci_high,note\\n" + "".join(rows))
-    (out / "differences.csv").write_text(",".join(sorted(inputs)))
+    for name in ("differences", "rows", "covariance"):
+        (out / f"{name}.csv").write_text(",".join(sorted(inputs)))
     (out / "labels.csv").write_text("recipe,seed,task,share,auc,households\\n")
 """,
     "graph.py": """

@@ -1,0 +1,168 @@
+"""The evidence: tables of computations that take hours, committed under ``results/``, read and checked.
+
+    from ggsm_core import evidence
+    study = evidence.load("study")
+    study.rows          # mean over seeds of each row on each task, domain and the mean, with its interval
+
+A page that declares ``"results": ["study"]`` in its metadata shows these tables and needs no run. They are
+published by ``python -m ggsm_core.study``; no other hand may change them, and ``load`` notices it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from ggsm_core import params, provenance
+from ggsm_core.runs import READS, UndeclaredRun
+
+PROFILES = ("study", "study_new_users", "ablation")
+"""Profiles whose results are committed, in the order in which they are computed."""
+TABLES = {
+    "auc": ("recipe", "seed", "task", "auc", "ci_low", "ci_high", "n"),
+    "rows": ("recipe", "seeds", "task", "auc", "ci_low", "ci_high"),
+    "differences": ("row", "reference", "task", "difference", "ci_low", "ci_high", "p_holm", "verdict"),
+    "covariance": ("task", "row", "other", "covariance"),
+    "labels": ("recipe", "seed", "task", "share", "auc", "households"),
+    "costs": ("recipe", "seed", "dimension", "training_seconds", "embedding_seconds"),
+}
+"""Table -> its columns."""
+SCORED = ("probe", "baseline", "joined")
+"""Stages that give a row its numbers."""
+
+
+class EvidenceError(ValueError):
+    """Published tables that are missing, incomplete or at odds with their provenance."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The tables of one profile, each with the columns that ``TABLES`` says, and where they come from."""
+
+    name: str
+    auc: pl.DataFrame
+    rows: pl.DataFrame
+    differences: pl.DataFrame
+    covariance: pl.DataFrame
+    labels: pl.DataFrame
+    costs: pl.DataFrame
+    provenance: dict[str, Any]
+    profile: params.Profile
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        """Row -> training seeds behind its numbers."""
+        return dict(self.rows.select("recipe", "seeds").unique(maintain_order=True).iter_rows())
+
+    def has(self, *rows: str) -> list[str]:
+        """Those of ``rows`` that have numbers, in the given order."""
+        return [row for row in rows if row in self.seeds]
+
+    @property
+    def absent(self) -> list[str]:
+        """Rows that the profile asks for and that have no numbers yet."""
+        return [row for row in (*self.profile.trained, *self.profile.baselines) if row not in self.seeds]
+
+    def told(self) -> str:
+        """One sentence for readers: how many rows and seeds there are, and which are missing."""
+        counts = [self.seeds[row] for row in self.profile.trained if row in self.seeds]
+        said = f"results/{self.name}: {len(self.seeds)} rows"
+        if counts:
+            least, most = min(counts), max(counts)
+            said += f", trained with {least if least == most else f'{least} to {most}'} seed"
+            said += "" if most == 1 else "s"
+        planned = len(self.profile.seeds)
+        if counts and min(counts) < planned:
+            said += f" of {planned} planned"
+        return f"{said}; missing: {', '.join(self.absent)}." if self.absent else f"{said}; none is missing."
+
+
+def folder(name: str) -> Path:
+    """Where the tables of a profile lie."""
+    return provenance.ROOT / "results" / name
+
+
+def hashes(name: str) -> dict[str, str]:
+    """File -> sha256 of all that ``load`` reads; {} where nothing is published."""
+    files = [folder(name) / f"{table}.csv" for table in TABLES] + [folder(name) / "provenance.json"]
+    return {path.name: provenance.sha256(path) for path in files if path.is_file()}
+
+
+def find(name: str) -> Evidence | None:
+    """As ``load``, or None where nothing at all is published under this name."""
+    _declared(name)
+    return load(name) if hashes(name) else None
+
+
+def load(name: str) -> Evidence:
+    """The committed tables of profile ``name``.
+
+    Raises ``EvidenceError`` if a table or a column is missing, if a table is not the one whose hash
+    provenance.json holds, or if the rows of auc.csv are not those of the runs named there.
+    """
+    _declared(name)
+    told = _provenance(name)
+    tables = {table: _table(name, table) for table in TABLES}
+    for file, expected in told.get("tables", {}).items():
+        if (folder(name) / file).is_file() and provenance.sha256(folder(name) / file) != expected:
+            raise EvidenceError(
+                f"results/{name}/{file} is not the table that provenance.json is about; {_mend(name)}"
+            )
+    runs = {(run["row"], run["seed"] or 0) for run in told["runs"] if run["stage"] in SCORED}
+    shown = set(tables["auc"].select("recipe", "seed").unique().iter_rows())
+    if strange := sorted(runs ^ shown):
+        row, seed = strange[0]
+        where = (
+            "auc.csv but not in provenance.json"
+            if strange[0] in shown
+            else "provenance.json but not in auc.csv"
+        )
+        raise EvidenceError(f"results/{name}: row {row!r}, seed {seed} is in {where}; {_mend(name)}")
+    if lost := sorted({row for row, _ in shown} ^ set(tables["rows"]["recipe"])):
+        raise EvidenceError(f"results/{name}: rows.csv and auc.csv differ in row {lost[0]!r}; {_mend(name)}")
+    profile = params.load(provenance.ROOT / "params" / f"{name}.yaml")
+    return Evidence(name, **tables, provenance=told, profile=profile)
+
+
+def _mend(name: str) -> str:
+    return f"publish it again: `python -m ggsm_core.study --profiles {name}`"
+
+
+def _provenance(name: str) -> dict[str, Any]:
+    path = folder(name) / "provenance.json"
+    if not path.is_file():
+        raise EvidenceError(f"results/{name}/provenance.json is missing; {_mend(name)}")
+    told = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(told, dict) or told.get("profile") != name:
+        raise EvidenceError(f"results/{name}/provenance.json is about another profile; {_mend(name)}")
+    return told
+
+
+def _table(name: str, table: str) -> pl.DataFrame:
+    path = folder(name) / f"{table}.csv"
+    if not path.is_file():
+        raise EvidenceError(f"results/{name}/{table}.csv is missing; {_mend(name)}")
+    found = pl.read_csv(path, infer_schema_length=None)
+    if lacking := [column for column in TABLES[table] if column not in found.columns]:
+        raise EvidenceError(
+            f"results/{name}/{table}.csv has no column {lacking[0]!r}, only {', '.join(found.columns)}; "
+            f"{_mend(name)}"
+        )
+    return found
+
+
+def _declared(name: str) -> None:
+    if name not in PROFILES:
+        raise EvidenceError(f"profile: {name!r} is not published; published are {', '.join(PROFILES)}")
+    if reads := os.environ.get(READS):
+        allowed = json.loads(Path(reads).read_text(encoding="utf-8"))
+        if name not in allowed["results"]:
+            raise UndeclaredRun(
+                f"{allowed['notebook']} reads results/{name}, which its metadata does not declare; name it "
+                'there, "ggsm": {"results": [...]}, so that the page follows these tables'
+            )

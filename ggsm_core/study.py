@@ -1,0 +1,121 @@
+"""Compute the evidence, or a part of it, and publish its tables under ``results/``.
+
+python -m ggsm_core.study                                   # all: hours, resumable run by run
+python -m ggsm_core.study --recipes ggsm,causal --seeds 0   # these runs; theirs and the published numbers
+python -m ggsm_core.study --finished                        # publishes what is whole, and trains nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from ggsm_core import book, evidence, params, provenance
+from ggsm_core.comparison import MEAN
+from ggsm_core.jobs import exit_status, run_missing
+from ggsm_core.params import Profile
+from ggsm_core.runs import Store
+from ggsm_core.stages import GRAPH, Plan, UnknownRun, check
+
+Only = Callable[[str, int | None], bool]
+
+
+def profile_file(name: str) -> Path:
+    """The file of profile ``name``."""
+    return provenance.ROOT / "params" / f"{name}.yaml"
+
+
+def publish(profile: Profile, only: Only | None = None, say: Callable[[str], None] = print) -> None:
+    """Compute what is missing of the rows and seeds that ``only`` lets through, and write their tables."""
+    plan = Plan(GRAPH, profile, Store(), only)
+    run_missing(plan, [plan.node("compare")], say)
+    build = provenance.ROOT / "build" / profile.name / "notebooks"
+    book.write_results(plan, evidence.folder(profile.name), build)
+    say(f"published results/{profile.name}")
+
+
+def finished(profile: Profile) -> Only:
+    """Lets those rows and seeds through whose scores are whole. Raises ``UnknownRun`` where none are."""
+    plan = Plan(GRAPH, profile, Store())
+    scored = [node for node in plan.all() if node.stage.name in evidence.SCORED]
+    whole = check(scored, plan.store)
+    kept = {(node.row, node.seed) for node in scored if node.name in whole}
+    if not kept:
+        raise UnknownRun(f"profile {profile.name!r}: no row is computed yet; `make study` computes them")
+    return lambda row, seed: (row, seed) in kept
+
+
+def part(
+    profiles: Sequence[Profile], rows: Sequence[str], seeds: Sequence[int]
+) -> list[tuple[Profile, Only]]:
+    """The profile in which each of ``rows`` ([] for all) is first found, with what keeps it and ``seeds``.
+
+    Raises ``UnknownRun`` for a row or seed that no profile has.
+    """
+    known = {seed for profile in profiles for seed in profile.seeds}
+    if unknown := sorted(set(seeds) - known):
+        raise UnknownRun(f"seeds: {unknown[0]} is not planned; the seeds are {sorted(known)}")
+    found, done = [], set[str]()
+    for profile in profiles:
+        here = {row for row in (*profile.trained, *profile.baselines) if not rows or row in rows} - done
+        done |= here
+        if here:
+            found.append((profile, _only(here, set(seeds))))
+    if unknown_rows := sorted(set(rows) - done):
+        names = ", ".join(profile.name for profile in profiles)
+        raise UnknownRun(f"recipes: {unknown_rows[0]!r} is a row of none of {names}")
+    return found
+
+
+def _only(rows: set[str], seeds: set[int]) -> Only:
+    """Rows without a seed come with every one."""
+    return lambda row, seed: row in rows and (seed is None or not seeds or seed in seeds)
+
+
+def again(profile: Profile, only: Only, say: Callable[[str], None] = print) -> pl.DataFrame:
+    """Compute the rows and seeds that ``only`` lets through: recipe, seed, mean AUC, the published one."""
+    plan = Plan(GRAPH, profile, Store(), only)
+    compare = plan.node("compare")
+    run_missing(plan, [compare], say)
+    mean = pl.read_csv(plan.store.folder(compare.name) / "auc.csv").filter(task=MEAN)
+    published = evidence.find(profile.name)
+    earlier = published.auc.filter(task=MEAN) if published else mean.clear()
+    known = earlier.select("recipe", "seed", published="auc")
+    return mean.select("recipe", "seed", "auc").join(
+        known, on=["recipe", "seed"], how="left", maintain_order="left"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m ggsm_core.study", description="Compute the evidence.")
+    default = ",".join(evidence.PROFILES)
+    parser.add_argument("--profiles", default=default, help=f"some of {default}")
+    parser.add_argument("--recipes", default="", help="these rows alone, separated by commas")
+    parser.add_argument("--seeds", default="", help="these seeds alone, separated by commas")
+    parser.add_argument("--finished", action="store_true", help="publish what is whole; train nothing")
+    given = parser.parse_args(arguments)
+
+    def act() -> int:
+        profiles = [params.load(profile_file(name)) for name in given.profiles.split(",")]
+        if given.recipes or given.seeds:
+            rows = [row for row in given.recipes.split(",") if row]
+            seeds = [int(seed) for seed in given.seeds.split(",") if seed]
+            for profile, only in part(profiles, rows, seeds):
+                for row, seed, auc, published in again(profile, only).iter_rows():
+                    told = "not published" if published is None else f"published {published:.6f}"
+                    print(f"{profile.name}, {row}, seed {seed}: mean AUC {auc:.6f}, {told}")
+            return 0
+        for profile in profiles:
+            publish(profile, finished(profile) if given.finished else None)
+        return 0
+
+    return exit_status(act)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""What published tables say: paired differences, rows that can't be told apart, orders that agree.
+
+Every interval here is over households and training seeds, from the tables' covariances; p-values are normal
+and corrected by Holm over the family that a call asks for, no larger and no smaller.
+
+R rows, S simulated tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+from scipy.special import ndtr
+
+from ggsm_core.comparison import LEVEL, MEAN, holm
+from ggsm_core.evaluation import Floats
+from ggsm_core.evidence import Evidence, EvidenceError
+
+NONE_SHOWN = "no difference shown"
+Z = 1.959964
+"""Standard errors from the middle of a normal 95 % interval to its end."""
+SIMULATIONS = 2000
+
+
+class Agreement(NamedTuple):
+    """Kendall's tau of two orders of ``n`` rows, with the interval that one order's uncertainty gives it."""
+
+    tau: float
+    ci_low: float
+    ci_high: float
+    n: int
+
+
+def points(evidence: Evidence, rows: Sequence[str], task: str = MEAN) -> Floats:
+    """AUC [R], mean over seeds. Raises ``EvidenceError`` for a row or task without numbers."""
+    found = dict(evidence.rows.filter(pl.col("task") == task).select("recipe", "auc").iter_rows())
+    if lacking := [row for row in rows if row not in found]:
+        raise EvidenceError(f"results/{evidence.name}: no numbers of row {lacking[0]!r} on {task!r}")
+    return np.array([found[row] for row in rows])
+
+
+def covariance(evidence: Evidence, rows: Sequence[str], task: str = MEAN) -> Floats:
+    """[R, R], of the rows' AUC. Raises ``EvidenceError`` for a row or task without numbers."""
+    table = evidence.covariance.filter(pl.col("task") == task)
+    known = {
+        frozenset(pair): value for *pair, value in table.select("row", "other", "covariance").iter_rows()
+    }
+    try:
+        return np.array([[known[frozenset((a, b))] for b in rows] for a in rows])
+    except KeyError as problem:
+        pair = sorted(problem.args[0])
+        raise EvidenceError(f"results/{evidence.name}: no covariance of {pair} on {task!r}") from None
+
+
+def gaps(evidence: Evidence, pairs: Iterable[tuple[str, str]], task: str = MEAN) -> pl.DataFrame:
+    """Paired differences of (row, reference) pairs, one family: columns of differences.csv, and ``seeds``.
+
+    ``seeds`` is the smaller number of the two. Pairs of which one has no numbers are left out.
+    """
+    pairs = [(row, reference) for row, reference in pairs if len(evidence.has(row, reference)) == 2]
+    lines, plain = [], []
+    for row, reference in pairs:
+        point = float(np.subtract(*points(evidence, (row, reference), task)))
+        (one, both), (_, other) = covariance(evidence, (row, reference), task)
+        error = float(np.sqrt(max(one + other - 2 * both, 0.0)))
+        plain.append(float(2 * ndtr(-abs(point) / error)) if error > 0 else float(point == 0))
+        seeds = min(evidence.seeds[row], evidence.seeds[reference])
+        lines.append((row, reference, task, seeds, point, point - Z * error, point + Z * error))
+    columns = ("row", "reference", "task", "seeds", "difference", "ci_low", "ci_high")
+    types = (*[pl.String] * 3, pl.Int64, *[pl.Float64] * 3)
+    table = pl.DataFrame(lines, schema=dict(zip(columns, types, strict=True)), orient="row")
+    return table.with_columns(p_holm=pl.Series(holm(plain), dtype=pl.Float64)).with_columns(
+        verdict=pl.when(pl.col("p_holm") >= LEVEL)
+        .then(pl.lit(NONE_SHOWN))
+        .when(pl.col("difference") > 0)
+        .then(pl.lit("better"))
+        .otherwise(pl.lit("worse"))
+    )
+
+
+def groups(evidence: Evidence, rows: Sequence[str], task: str = MEAN) -> list[list[str]]:
+    """Largest runs of 2 or more rows, best first, in which no pair is told apart (Holm over all pairs)."""
+    order = [rows[k] for k in np.argsort(-points(evidence, rows, task), kind="stable")]
+    table = gaps(evidence, combinations(order, 2), task).filter(pl.col("verdict") != NONE_SHOWN)
+    apart = set(table.select("row", "reference").iter_rows())
+    found: list[list[str]] = []
+    for start in range(len(order)):
+        end = start + 1
+        while end < len(order) and not any((row, order[end]) in apart for row in order[start:end]):
+            end += 1
+        run = order[start:end]
+        if len(run) > 1 and not (found and set(run) <= set(found[-1])):
+            found.append(run)
+    return found
+
+
+def _tau(values: Floats, fixed: Floats) -> Floats:
+    """Kendall's tau-b of each line of ``values`` [S, R] with ``fixed`` [R]: [S]."""
+    upper = np.triu_indices(len(fixed), 1)
+    one = np.sign(values[:, :, None] - values[:, None, :])[:, upper[0], upper[1]]
+    other = np.sign(fixed[:, None] - fixed[None, :])[upper]
+    untied = np.sqrt((one != 0).sum(axis=1) * (other != 0).sum())
+    tau: Floats = one @ other / np.maximum(untied, 1)
+    return tau
+
+
+def agreement(evidence: Evidence, printed: Mapping[str, float], task: str = MEAN, seed: int = 0) -> Agreement:
+    """Order of our rows against ``printed`` numbers of the same rows, which come without uncertainty.
+
+    The interval is that of tau over tables drawn from the normal distribution with our averages and
+    covariances. Raises ``EvidenceError`` if fewer than three rows have both.
+    """
+    rows = evidence.has(*printed)
+    if len(rows) < 3:
+        raise EvidenceError(
+            f"results/{evidence.name}: {len(rows)} rows have printed numbers too; 3 are needed"
+        )
+    ours, fixed = points(evidence, rows, task), np.array([printed[row] for row in rows])
+    rng = np.random.default_rng(seed)
+    together = covariance(evidence, rows, task)
+    drawn = rng.multivariate_normal(ours, together, size=SIMULATIONS, check_valid="ignore", method="eigh")
+    low, high = np.quantile(_tau(drawn, fixed), [0.025, 0.975])
+    return Agreement(float(_tau(ours[None], fixed)[0]), float(low), float(high), len(rows))

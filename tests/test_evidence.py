@@ -1,0 +1,180 @@
+"""Published tables are read as they were written, or refused; and what is read off them."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import published
+import pytest
+from scipy.stats import kendalltau
+
+from ggsm_core import evidence, provenance, runs, verdicts
+from ggsm_core.evidence import EvidenceError
+
+ROWS = {"causal": 3, "bidirectional": 3, "ggsm": 2, "handmade": 1}
+LEAD = {"ggsm": 0.02, "causal": -0.02}
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project whose study is published for some rows."""
+    published.publish(tmp_path, "study", ROWS, lead=LEAD)
+    (tmp_path / "params").symlink_to(published.ROOT / "params")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_what_was_published_is_read(root: Path) -> None:
+    study = evidence.load("study")
+    assert study.seeds == ROWS
+    assert study.has("ggsm", "scheduler", "causal") == ["ggsm", "causal"]
+    assert "scheduler" in study.absent and "ggsm" not in study.absent
+    said = study.told()
+    assert "4 rows" in said and "2 to 3 seeds of 5 planned" in said and "missing: hybrid_segment" in said
+    assert evidence.find("ablation") is None
+    assert evidence.hashes("ablation") == {} and len(evidence.hashes("study")) == 7
+
+
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "labels.csv").unlink(), r"labels\.csv is missing"),
+        (lambda folder: (folder / "provenance.json").unlink(), r"provenance\.json is missing"),
+        (lambda folder: change(folder / "auc.csv", "0.6", "0.7"), r"auc\.csv is not the table"),
+        (lambda folder: change(folder / "costs.csv", "dimension", "size"), "costs.csv"),
+        (
+            lambda folder: change(folder / "provenance.json", '"ggsm"', '"ggsm2"'),
+            "row 'ggsm', seed 0 is in auc.csv",
+        ),
+        (lambda folder: change(folder / "provenance.json", '"study"', '"quick"'), "another profile"),
+    ],
+)
+def test_damaged_tables_are_refused(root: Path, damage: object, words: str) -> None:
+    damage(root / "results" / "study")  # type: ignore[operator]
+    with pytest.raises(EvidenceError, match=rf"results/study.*{words}.*publish it again|{words}"):
+        evidence.load("study")
+
+
+def test_a_column_that_is_missing_is_named(root: Path) -> None:
+    folder = root / "results" / "study"
+    change(folder / "costs.csv", "dimension", "size")
+    told = json.loads((folder / "provenance.json").read_text())
+    told["tables"] = {}
+    (folder / "provenance.json").write_text(json.dumps(told))
+    with pytest.raises(EvidenceError, match="no column 'dimension', only recipe, seed, size"):
+        evidence.load("study")
+
+
+def test_what_is_not_published_is_named(root: Path) -> None:
+    with pytest.raises(EvidenceError, match=r"results/ablation/provenance\.json is missing; publish it"):
+        evidence.load("ablation")
+    with pytest.raises(EvidenceError, match="'quick' is not published; published are study"):
+        evidence.load("quick")
+
+
+def test_a_page_reads_only_what_it_declares(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = root / "reads.json"
+    reads.write_text(json.dumps({"notebook": "11_x.ipynb", "runs": [], "results": ["ablation"]}))
+    monkeypatch.setenv(runs.READS, str(reads))
+    with pytest.raises(runs.UndeclaredRun, match=r"11_x\.ipynb reads results/study"):
+        evidence.load("study")
+
+
+# --- what is read off them --------------------------------------------------------------------------------
+
+
+def test_a_gap_is_the_published_difference(root: Path) -> None:
+    """Where differences.csv has the pair, the covariances give the same, but for percentiles."""
+    study = evidence.load("study")
+    for task in ("mean", "login_7d"):
+        got = verdicts.gaps(study, [("ggsm", "bidirectional"), ("causal", "bidirectional")], task)
+        for line in got.iter_rows(named=True):
+            told = study.differences.filter(row=line["row"], reference="bidirectional", task=task).row(
+                0, named=True
+            )
+            assert line["difference"] == pytest.approx(told["difference"], abs=1e-9)
+            assert line["ci_high"] - line["ci_low"] == pytest.approx(
+                told["ci_high"] - told["ci_low"], rel=0.25
+            )
+            assert line["verdict"] == told["verdict"]
+    assert got["seeds"].to_list() == [2, 3]
+    back = verdicts.gaps(study, [("bidirectional", "ggsm")], "login_7d")
+    assert back["difference"][0] == -got["difference"][0] and back["verdict"][0] == "worse"
+
+
+def test_the_family_is_what_was_asked_for(root: Path) -> None:
+    study = evidence.load("study")
+    pair = ("handmade", "bidirectional")
+    alone = verdicts.gaps(study, [pair])["p_holm"][0]
+    among = verdicts.gaps(study, [pair, *[("causal", "ggsm")] * 9]).filter(row="handmade")["p_holm"][0]
+    assert among >= alone
+    assert verdicts.gaps(study, [("ggsm", "scheduler")]).is_empty()  # has no numbers
+
+
+def test_rows_that_cannot_be_told_apart_stand_together(root: Path) -> None:
+    study = evidence.load("study")
+    assert verdicts.groups(study, list(ROWS)) in (
+        [["bidirectional", "handmade"]],
+        [["handmade", "bidirectional"]],
+    )
+
+
+def test_groups_against_every_run_of_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow and plain: all runs without a pair apart, less those inside another."""
+    rows = dict.fromkeys(("causal", "bidirectional", "ggsm", "scheduler", "hybrid_gq"), 1)
+    lead = dict(zip(rows, (0.0, 0.0009, 0.0018, 0.0027, 0.0036), strict=True))
+    published.publish(tmp_path, "study", rows, lead=lead)
+    (tmp_path / "params").symlink_to(published.ROOT / "params")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    study = evidence.load("study")
+    order = [row for _, row in sorted(zip(-verdicts.points(study, list(rows)), rows, strict=True))]
+    table = verdicts.gaps(study, combinations(order, 2))
+    apart = {
+        frozenset((a, b))
+        for a, b, v in table.select("row", "reference", "verdict").iter_rows()
+        if "no" not in v
+    }
+    spans = [
+        order[i:j]
+        for i in range(5)
+        for j in range(i + 2, 6)
+        if not any(frozenset(pair) in apart for pair in combinations(order[i:j], 2))
+    ]
+    largest = [one for one in spans if not any(set(one) < set(other) for other in spans)]
+    assert verdicts.groups(study, list(rows)) == largest
+    assert len(largest) > 1, "a case in which groups overlap"
+    assert all(order.index(a[0]) < order.index(b[0]) for a, b in pairwise(largest))
+
+
+def test_agreement_against_scipy(root: Path) -> None:
+    study = evidence.load("study")
+    printed = {"causal": 0.7, "bidirectional": 0.72, "ggsm": 0.71, "handmade": 0.72}
+    got = verdicts.agreement(study, printed)
+    ours = verdicts.points(study, list(printed))
+    assert got.tau == pytest.approx(kendalltau(ours, list(printed.values())).statistic)
+    assert got.ci_low <= got.tau <= got.ci_high and got.n == 4
+    same = dict(zip(printed, ours, strict=True))
+    assert verdicts.agreement(study, same).tau == pytest.approx(1.0)
+    with pytest.raises(EvidenceError, match="2 rows have printed numbers"):
+        verdicts.agreement(study, {"causal": 1.0, "ggsm": 2.0, "found": 3.0})
+
+
+def test_covariance_is_symmetric_and_named_when_missing(root: Path) -> None:
+    study = evidence.load("study")
+    matrix = verdicts.covariance(study, ["ggsm", "causal", "handmade"])
+    assert np.array_equal(matrix, matrix.T) and np.linalg.eigvalsh(matrix).min() > 0
+    with pytest.raises(EvidenceError, match="scheduler"):
+        verdicts.covariance(study, ["ggsm", "scheduler"])
+    with pytest.raises(EvidenceError, match="'found'"):
+        verdicts.points(study, ["found"])
+    assert isinstance(study.rows, pl.DataFrame)
