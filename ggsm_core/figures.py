@@ -76,6 +76,14 @@ LOOKS = {
     "oracle": Look("#999999", "x", ":"),
     "rfm": Look("#777777", "1", ":"),
     "handmade": Look("#444444", "*", ":"),
+    "handmade+ggsm": Look("#8C510A", "X", ":"),
+    "cpc": Look("#7A5195", "p", ":"),
+    "coles": Look("#003F5C", "h", ":"),
+    "msdp": Look("#2F9E9E", "d", ":"),
+    "one4all": Look("#BC5090", "8", ":"),
+    "found": Look("#FF764A", "H", ":"),
+    "instructue": Look("#488F31", "2", ":"),
+    "minilm": Look("#665191", "3", ":"),
 }
 FREE = (
     Look("#0072B2", "o", "-"),
@@ -98,7 +106,7 @@ SEGMENT_COLOURS = dict(
 
 
 @contextmanager
-def _figure(
+def canvas(
     rows: int = 1, columns: int = 1, *, height: float, width: float = WIDTH, **options: Any
 ) -> Iterator[tuple[Figure, np.ndarray]]:
     """A figure in the house style and its axes [rows, columns]. Closed, so that a notebook shows it once."""
@@ -126,7 +134,7 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
 def timeline(events: pl.DataFrame, anchor: int, history_days: int, future_days: int) -> Figure:
     """One user's events (columns day, modality) by day, with the two windows around ``anchor``."""
     shown = [name for name in MODALITIES if name in set(events["modality"].cast(pl.String))]
-    with _figure(height=2.4) as (figure, axes):
+    with canvas(height=2.4) as (figure, axes):
         axis: Axes = axes[0, 0]
         axis.axvspan(anchor - history_days, anchor, color="#cfe3f1", lw=0)
         axis.axvspan(anchor, anchor + future_days, color="#f7dfc6", lw=0)
@@ -152,7 +160,7 @@ def histogram(
     decimals: int = 0,
 ) -> Figure:
     """Distributions side by side, one panel each, with their median and an optional limit marked."""
-    with _figure(1, len(values), height=2.5) as (figure, axes):
+    with canvas(1, len(values), height=2.5) as (figure, axes):
         for axis, (name, numbers) in zip(axes[0], values.items(), strict=True):
             found = np.asarray(numbers, dtype=float)
             bins = min(30, max(len(np.unique(found)), 2))
@@ -170,7 +178,7 @@ def histogram(
 
 def bars(values: Mapping[str, float], label: str, limit: float | None = None) -> Figure:
     """One horizontal bar for each name, with its number; axis from 0."""
-    with _figure(height=0.7 + 0.32 * len(values)) as (figure, axes):
+    with canvas(height=0.7 + 0.32 * len(values)) as (figure, axes):
         axis: Axes = axes[0, 0]
         names = list(values)
         drawn = axis.barh(names, list(values.values()), color="#56B4E9", edgecolor=INK, linewidth=0.6)
@@ -220,7 +228,7 @@ def _squares(
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     side = WIDTH / columns
-    with _figure(rows, columns, height=rows * side + 0.5) as (figure, axes):
+    with canvas(rows, columns, height=rows * side + 0.5) as (figure, axes):
         for axis, (name, values) in zip(axes.flat, panels.items(), strict=False):
             _heat(values, axis, square=True, cbar=False, xticklabels=False, yticklabels=False, **scale)
             _margin(axis, kinds)
@@ -283,7 +291,7 @@ def grid(
     """A heat map [R, C]; nan is left white."""
     numbers = np.asarray(values, dtype=float)
     every = {f"{axis}ticklabels": max(1, n // 10) for axis, n in zip("yx", numbers.shape, strict=True)}
-    with _figure(height=1.2 + min(4.6, max(1.6, 0.26 * len(numbers)))) as (figure, axes):
+    with canvas(height=1.2 + min(4.6, max(1.6, 0.26 * len(numbers)))) as (figure, axes):
         _heat(numbers, axes[0, 0], vmin=low, vmax=high, cbar_kws={"label": label, "pad": 0.02}, **every)
         axes[0, 0].set(xlabel=columns, ylabel=rows)
         axes[0, 0].tick_params(rotation=0)
@@ -299,7 +307,7 @@ _MARKS = ("", "·", "=", "H", "")
 
 def negatives(kinds: Mapping[str, ArrayLike]) -> Figure:
     """What each cell [B, B] of the sums of Eq. 7 is: an index into ``KINDS``; one panel for each sum."""
-    with _figure(1, len(kinds), height=WIDTH / len(kinds) + 0.8) as (figure, axes):
+    with canvas(1, len(kinds), height=WIDTH / len(kinds) + 0.8) as (figure, axes):
         for axis, (name, cells) in zip(axes[0], kinds.items(), strict=True):
             cell = np.asarray(cells)
             marks = {"annot": np.array(_MARKS)[cell], "fmt": "", "annot_kws": {"size": 7}}
@@ -326,7 +334,7 @@ def curves(
     log: bool = False,
 ) -> Figure:
     """One line for each name, (steps, values); ``warm_steps`` shades the warm-up."""
-    with _figure(height=2.9) as (figure, axes):
+    with canvas(height=2.9) as (figure, axes):
         axis: Axes = axes[0, 0]
         if warm_steps:
             axis.axvspan(-0.5, warm_steps - 0.5, color="#eeeeee", lw=0, label="warm-up")
@@ -367,7 +375,7 @@ def per_token(
     """A bar for every token [L] of one sequence, a panel for each name, coloured by template segment."""
     kinds, names = np.asarray(segments), list(SEGMENTS)
     colours = [SEGMENT_COLOURS[names[kind]] for kind in kinds]
-    with _figure(len(values), 1, height=0.7 + 1.35 * len(values), sharex=True) as (figure, axes):
+    with canvas(len(values), 1, height=0.7 + 1.35 * len(values), sharex=True) as (figure, axes):
         for axis, (name, numbers) in zip(axes[:, 0], values.items(), strict=True):
             heights = np.asarray(numbers, dtype=float)
             axis.bar(range(len(kinds)), heights, color=colours, ec=INK, lw=0.3, width=0.9)
@@ -382,15 +390,25 @@ def per_token(
 # --- results --------------------------------------------------------------------------------------------
 
 
+def nothing() -> Figure:
+    """What stands for a picture of rows that have no numbers yet."""
+    with canvas(height=0.8) as (figure, axes):
+        axes[0, 0].set_axis_off()
+        axes[0, 0].text(0, 0.5, "No row of this picture has numbers yet.", va="center")
+    return figure
+
+
 def forest(table: pl.DataFrame, *, label: str, zero: float | None = None, columns: int = 3) -> Figure:
     """Points with 95 % intervals: columns panel, row, value, ci_low, ci_high. ``zero`` draws a line there."""
+    if table.is_empty():
+        return nothing()
     panels = table["panel"].unique(maintain_order=True).to_list()
     names = table["row"].unique(maintain_order=True).to_list()
     styles = looks(names)
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     height = rows * (0.55 + 0.2 * len(names)) + 0.4
-    with _figure(rows, columns, height=height, sharey=True) as (figure, axes):
+    with canvas(rows, columns, height=height, sharey=True) as (figure, axes):
         for axis, panel in zip(axes.flat, panels, strict=False):
             part = table.filter(pl.col("panel") == panel)
             for name, value, low, high in part.select("row", "value", "ci_low", "ci_high").iter_rows():
@@ -425,7 +443,7 @@ def embedding_map(points: ArrayLike, labels: Mapping[str, ArrayLike], *, axes_la
     columns = min(3, len(labels))
     rows = -(-len(labels) // columns)
     place = np.asarray(points, dtype=float)
-    with _figure(rows, columns, height=0.5 + rows * WIDTH / columns, sharex=True, sharey=True) as (
+    with canvas(rows, columns, height=0.5 + rows * WIDTH / columns, sharex=True, sharey=True) as (
         figure,
         axes,
     ):
@@ -448,7 +466,7 @@ def result(auc: pl.DataFrame) -> Figure:
     mean = auc.filter(pl.col("task") == "mean")
     average = mean.group_by("recipe", maintain_order=True).agg(pl.col("auc", "ci_high").mean()).sort("auc")
     names = average["recipe"].to_list()
-    with _figure(height=0.9 + 0.27 * len(names)) as (figure, axes):
+    with canvas(height=0.9 + 0.27 * len(names)) as (figure, axes):
         axis: Axes = axes[0, 0]
         for name, value, low, high in mean.select("recipe", "auc", "ci_low", "ci_high").iter_rows():
             drawn, row = looks(names)[name], names.index(name)

@@ -57,23 +57,28 @@ def covariance(evidence: Evidence, rows: Sequence[str], task: str = MEAN) -> Flo
 
 
 def gaps(evidence: Evidence, pairs: Iterable[tuple[str, str]], task: str = MEAN) -> pl.DataFrame:
-    """Paired differences of (row, reference) pairs, one family: columns of differences.csv, and ``seeds``.
+    """Paired differences of (row, reference) pairs, one family: columns of differences.csv, p and ``seeds``.
 
     ``seeds`` is the smaller number of the two. Pairs of which one has no numbers are left out.
     """
     pairs = [(row, reference) for row, reference in pairs if len(evidence.has(row, reference)) == 2]
-    lines, plain = [], []
+    lines = []
     for row, reference in pairs:
         point = float(np.subtract(*points(evidence, (row, reference), task)))
         (one, both), (_, other) = covariance(evidence, (row, reference), task)
         error = float(np.sqrt(max(one + other - 2 * both, 0.0)))
-        plain.append(float(2 * ndtr(-abs(point) / error)) if error > 0 else float(point == 0))
+        p = float(2 * ndtr(-abs(point) / error)) if error > 0 else float(point == 0)
         seeds = min(evidence.seeds[row], evidence.seeds[reference])
-        lines.append((row, reference, task, seeds, point, point - Z * error, point + Z * error))
-    columns = ("row", "reference", "task", "seeds", "difference", "ci_low", "ci_high")
-    types = (*[pl.String] * 3, pl.Int64, *[pl.Float64] * 3)
-    table = pl.DataFrame(lines, schema=dict(zip(columns, types, strict=True)), orient="row")
-    return table.with_columns(p_holm=pl.Series(holm(plain), dtype=pl.Float64)).with_columns(
+        lines.append((row, reference, task, seeds, point, point - Z * error, point + Z * error, p))
+    columns = ("row", "reference", "task", "seeds", "difference", "ci_low", "ci_high", "p")
+    types = (*[pl.String] * 3, pl.Int64, *[pl.Float64] * 4)
+    return corrected(pl.DataFrame(lines, schema=dict(zip(columns, types, strict=True)), orient="row"))
+
+
+def corrected(gaps: pl.DataFrame) -> pl.DataFrame:
+    """``gaps`` with ``p_holm`` and ``verdict``, all its lines one family whatever they were before."""
+    adjusted = pl.Series("p_holm", holm(gaps["p"].to_list()), dtype=pl.Float64)
+    return gaps.with_columns(adjusted).with_columns(
         verdict=pl.when(pl.col("p_holm") >= LEVEL)
         .then(pl.lit(NONE_SHOWN))
         .when(pl.col("difference") > 0)
@@ -125,3 +130,35 @@ def agreement(evidence: Evidence, printed: Mapping[str, float], task: str = MEAN
     drawn = rng.multivariate_normal(ours, together, size=SIMULATIONS, check_valid="ignore", method="eigh")
     low, high = np.quantile(_tau(drawn, fixed), [0.025, 0.975])
     return Agreement(float(_tau(ours[None], fixed)[0]), float(low), float(high), len(rows))
+
+
+# --- what a claim is worth --------------------------------------------------------------------------------
+
+SUPPORTED, NOT_SHOWN, CONTRADICTED, UNMEASURED = "supported", "not shown", "contradicted", "not measured"
+
+
+def judge(table: pl.DataFrame, planned: int, *, one_is_enough: bool = False) -> str:
+    """The verdict on "row is better than reference" for a family of ``planned`` pairs, from its ``gaps``.
+
+    Supported if every pair is better (or, if ``one_is_enough``, one is); contradicted if any is worse and it
+    isn't supported; not measured if no pair has numbers; else not shown, also where a pair lacks numbers.
+    """
+    better, worse = ((table["verdict"] == word).sum() for word in ("better", "worse"))
+    if table.is_empty():
+        return UNMEASURED
+    if better == planned or (one_is_enough and better):
+        return SUPPORTED
+    return CONTRADICTED if worse else NOT_SHOWN
+
+
+def counted(table: pl.DataFrame) -> str:
+    """``better 1, worse 0, no difference shown 4``."""
+    words = ("better", "worse", NONE_SHOWN)
+    return ", ".join(f"{word} {(table['verdict'] == word).sum()}" for word in words)
+
+
+def reach(table: pl.DataFrame) -> float:
+    """The largest difference, of either sign, that some interval of ``gaps`` leaves possible."""
+    return float(
+        table.select(pl.max_horizontal(pl.col("ci_low").abs(), pl.col("ci_high").abs()).max()).item()
+    )

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from ggsm_core import figures, story
+from ggsm_core import charts, figures, story
 from ggsm_core.data import privacy
 from ggsm_core.loss import info_nce_rows
 from ggsm_core.params import RECIPE_NAMES
@@ -52,6 +52,18 @@ EXAMPLES: dict[str, Callable[[], Figure]] = {
     "per_token": lambda: figures.per_token({"a": np.arange(9), "b": np.ones(9)}, KINDS, label="norm"),
     "forest": lambda: figures.forest(FOREST, label="AUC", zero=0.6),
     "result": lambda: figures.result(AUC),
+    "nothing": lambda: figures.forest(FOREST.clear(), label="AUC"),
+    "named_grid": lambda: charts.named_grid(
+        [[0.1, np.nan]], [["+0.1", "not run"]], rows=["r"], columns=["a", "b"], label="w"
+    ),
+    "over": lambda: charts.over(
+        FOREST.with_columns(at=pl.col("panel").rank("dense") - 1), ticks=list("abcd"), steps="s", label="AUC"
+    ),
+    "critical_difference": lambda: charts.critical_difference(
+        {row: 0.7 + i / 50 for i, row in enumerate(ROWS)}, [ROWS[:2], ROWS[1:3]], label="AUC"
+    ),
+    "cost": lambda: charts.cost(AUC.select(row="recipe", auc="auc", seconds=9.0, dimension=64), label="s"),
+    "orders": lambda: charts.orders({"a": 0.1, "b": 0.2}, {"a": 2.0, "b": 1.0}, sides=("l", "r")),
 }
 
 

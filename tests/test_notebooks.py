@@ -13,14 +13,15 @@ import nbformat
 import pytest
 
 import ggsm_core
-from ggsm_core import figures, notebooks
+from ggsm_core import charts, figures, notebooks
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 MOST_CELLS, MOST_LINES, LINE = 26, 15, 120
 DRAWN = {
-    name
-    for name, one in vars(figures).items()
+    f"{module.__name__.rpartition('.')[2]}.{name}"
+    for module in (figures, charts)
+    for name, one in vars(module).items()
     if inspect.isfunction(one) and one.__annotations__.get("return") == "Figure"
 }
 
@@ -34,27 +35,33 @@ def code(notebook: Any) -> list[Any]:
     return [cell for cell in notebook["cells"] if cell.cell_type == "code"]
 
 
+def solutions(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook["cells"] if "solution" in cell.metadata.get("tags", [])]
+
+
+def page(notebook: Any) -> list[Any]:
+    """The cells that a reader goes through: all but the folded solutions."""
+    hidden = {cell.id for cell in solutions(notebook)}
+    return [cell for cell in notebook["cells"] if cell.id not in hidden]
+
+
 def prose(notebook: Any) -> str:
     return "\n\n".join(cell.source for cell in notebook["cells"] if cell.cell_type == "markdown")
 
 
 def called_figures(source: str) -> list[str]:
-    """Functions of ``figures`` that a cell calls."""
+    """Functions of ``figures`` and ``charts`` that a cell calls."""
     return [
-        node.func.attr
+        ast.unparse(node.func)
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and isinstance(node.func.value, ast.Name)
-        and node.func.value.id == "figures"
-        and node.func.attr in DRAWN
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in DRAWN
     ]
 
 
 def test_there_are_notebooks_and_the_pipeline_takes_them() -> None:
     assert [one.path for one in notebooks.discover(FOLDER)] == PATHS
     assert len(PATHS) >= 9
-    assert all(callable(getattr(figures, name)) for name in DRAWN)
+    assert {"figures.forest", "charts.over"} <= DRAWN
 
 
 def test_nothing_executed_is_committed(notebook: Any) -> None:
@@ -71,7 +78,7 @@ def test_cell_ids_are_stable(notebook: Any) -> None:
 
 
 def test_it_is_short(notebook: Any) -> None:
-    assert len(notebook["cells"]) <= MOST_CELLS
+    assert len(page(notebook)) <= MOST_CELLS
     for cell in code(notebook):
         lines = cell.source.splitlines()
         assert len(lines) <= MOST_LINES, lines[0]
@@ -93,10 +100,8 @@ def test_it_ends_with_what_was_learned_and_exercises(notebook: Any) -> None:
     learned, exercises = text.index("## What we learned"), text.index("## Exercises")
     assert learned < exercises
     assert len(re.findall(r"^\d+\. \S", text[exercises:], re.M)) >= 3
-    after = next(
-        i for i, cell in enumerate(notebook["cells"]) if cell.source.startswith("## What we learned")
-    )
-    said = [cell for cell in notebook["cells"][after:] if cell.cell_type == "code"]
+    after = next(i for i, cell in enumerate(page(notebook)) if cell.source.startswith("## What we learned"))
+    said = [cell for cell in page(notebook)[after:] if cell.cell_type == "code"]
     assert "Markdown(f" in said[-1].source and "{" in said[-1].source, "the take-away is made from numbers"
 
 

@@ -12,7 +12,7 @@ def _read(name: str) -> pl.DataFrame:
 
 
 def paper_table2() -> pl.DataFrame:
-    """Table 2 of the paper as printed: group, method, recipe (our name for it), nine tasks, average."""
+    """Table 2 of the paper as printed: group, method, recipe (our row), nine tasks, average."""
     return _read("paper_table2.csv")
 
 

@@ -1,0 +1,313 @@
+"""What the paper says that this data can speak to, and how each sentence is measured.
+
+A claim is quoted, a measurement belongs to it, and a verdict follows from the published tables by rule:
+
+- better: "X is better than Y" for a family of pairs (``verdicts.judge``, Holm within the claim).
+- marginal: the differences are smaller than ``SPAN``, the paper's whole span from causal to GG-SM:
+  supported if every interval lies within it, contradicted if one lies wholly outside.
+- steadier: a smaller spread over training seeds, by the F distribution of a ratio of variances.
+- order: Kendall's tau with the paper's printed column; supported if its interval is above 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+from scipy.stats import f as f_distribution
+
+from ggsm_core import printed, verdicts
+from ggsm_core.comparison import MEAN
+from ggsm_core.data.tasks import DOMAINS, TASKS
+from ggsm_core.evidence import Evidence, EvidenceError
+from ggsm_core.verdicts import CONTRADICTED, NOT_SHOWN, SUPPORTED, UNMEASURED
+
+SPAN = 0.0036
+"""GG-SM minus causal in Table 2."""
+Tables = Mapping[str, Evidence]
+"""Profile -> its published tables."""
+HYBRIDS = ("hybrid_mask", "hybrid_gq", "hybrid_mlp", "hybrid_segment")
+MASKS = ("causal", *HYBRIDS, "bidirectional", "scheduler")
+TRADITIONAL = ("msdp", "one4all", "cpc")
+LANGUAGE = ("found", "instructue")
+GRADIENT = "ggsm_embeddings_rank"
+"""The variant whose weights differ most between tokens: what the controls are controls of."""
+CONTROLS = ("ggsm_constant", "ggsm_random", "ggsm_shuffled", "ggsm_position", "ggsm_attention")
+OF_PAPER = {task.stands_for.removeprefix("User "): task.name for task in TASKS}
+
+
+class Measured(NamedTuple):
+    """What was found: in words, as a number with its interval, on how many seeds."""
+
+    what: str
+    value: float | None
+    ci_low: float | None
+    ci_high: float | None
+    seeds: int | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence of the paper, where it stands, and its measurement."""
+
+    where: str
+    said: str
+    measure: Callable[[Tables], Measured]
+
+
+def better(
+    profile: str,
+    pairs: Sequence[tuple[str, str]],
+    tasks: Sequence[str] = (MEAN,),
+    *,
+    one_is_enough: bool = False,
+) -> Callable[[Tables], Measured]:
+    """Each pair's first row is better than its second on each of ``tasks``: one family.
+
+    The number shown is the smallest difference (the largest, if ``one_is_enough``).
+    """
+
+    def measure(tables: Tables) -> Measured:
+        planned = len(pairs) * len(tasks)
+        if profile not in tables:
+            return _nothing(f"results/{profile} is not published")
+        table = _family(tables[profile], pairs, tasks)
+        if table.is_empty():
+            return _nothing(f"no row of it is in results/{profile}")
+        line = table.sort("difference", descending=one_is_enough).row(0, named=True)
+        on = "" if line["task"] == MEAN else f" on {line['task']}"
+        which = "largest" if one_is_enough else "smallest"
+        gap = f"{line['row']} − {line['reference']}{on}"
+        what = f"{which} of {planned}: {gap}" if planned > 1 else gap
+        lacking = planned - len(table)
+        what += f"; {verdicts.counted(table)}" if planned > 1 else ""
+        what += f"; {lacking} without numbers" if lacking else ""
+        verdict = verdicts.judge(table, planned, one_is_enough=one_is_enough)
+        return _of(what, line, verdict)
+
+    return measure
+
+
+def marginal(profile: str, pairs: Sequence[tuple[str, str]]) -> Callable[[Tables], Measured]:
+    """No pair differs by more than ``SPAN``. The number shown is the largest difference."""
+
+    def measure(tables: Tables) -> Measured:
+        if profile not in tables:
+            return _nothing(f"results/{profile} is not published")
+        table = _family(tables[profile], pairs, (MEAN,))
+        if table.is_empty():
+            return _nothing(f"no row of it is in results/{profile}")
+        line = table.sort(pl.col("difference").abs(), descending=True).row(0, named=True)
+        outside = ((table["ci_low"] > SPAN) | (table["ci_high"] < -SPAN)).any()
+        inside = verdicts.reach(table) <= SPAN and len(table) == len(pairs)
+        verdict = CONTRADICTED if outside else SUPPORTED if inside else NOT_SHOWN
+        what = f"largest of {len(table)}: {line['row']} − {line['reference']}, against ±{SPAN}"
+        return _of(what, line, verdict)
+
+    return measure
+
+
+def steadier(profile: str, row: str, reference: str) -> Callable[[Tables], Measured]:
+    """The mean AUC of ``row`` spreads less over training seeds than that of ``reference``."""
+
+    def measure(tables: Tables) -> Measured:
+        found = tables.get(profile)
+        if found is None or len(found.has(row, reference)) < 2:
+            return _nothing(f"rows {row}, {reference} are not in results/{profile}")
+        mean = found.auc.filter(pl.col("task") == MEAN)
+        one, other = (mean.filter(pl.col("recipe") == name)["auc"].to_numpy() for name in (row, reference))
+        if min(len(one), len(other)) < 2:
+            return _nothing("one seed has no spread")
+        ratio = float(one.std(ddof=1) / other.std(ddof=1))
+        free = len(one) - 1, len(other) - 1
+        low, high = (ratio / np.sqrt(f_distribution.ppf(q, *free)) for q in (0.975, 0.025))
+        verdict = SUPPORTED if high < 1 else CONTRADICTED if low > 1 else NOT_SHOWN
+        what = f"standard deviation over seeds, {row} / {reference}"
+        return Measured(what, ratio, float(low), float(high), min(len(one), len(other)), verdict)
+
+    return measure
+
+
+def ordered(profile: str, rows: Sequence[str] | None = None) -> Callable[[Tables], Measured]:
+    """The rows (all that the paper prints, or ``rows``) stand in the paper's order."""
+
+    def measure(tables: Tables) -> Measured:
+        if profile not in tables:
+            return _nothing(f"results/{profile} is not published")
+        known = printed.by_row()
+        chosen = {row: known[row] for row in rows or known}
+        try:
+            tau = verdicts.agreement(tables[profile], chosen)
+        except EvidenceError as problem:
+            return _nothing(str(problem))
+        verdict = SUPPORTED if tau.ci_low > 0 else CONTRADICTED if tau.ci_high < 0 else NOT_SHOWN
+        seeds = min(tables[profile].seeds[row] for row in tables[profile].has(*chosen))
+        return Measured(f"Kendall's τ of {tau.n} rows", tau.tau, tau.ci_low, tau.ci_high, seeds, verdict)
+
+    return measure
+
+
+def _family(evidence: Evidence, pairs: Sequence[tuple[str, str]], tasks: Sequence[str]) -> pl.DataFrame:
+    """The gaps of all pairs on all tasks, corrected as one family."""
+    return verdicts.corrected(pl.concat([verdicts.gaps(evidence, pairs, task) for task in tasks]))
+
+
+def _of(what: str, line: Mapping[str, float], verdict: str) -> Measured:
+    return Measured(what, line["difference"], line["ci_low"], line["ci_high"], int(line["seeds"]), verdict)
+
+
+def _nothing(why: str) -> Measured:
+    return Measured(why, None, None, None, None, UNMEASURED)
+
+
+def _over(row: str, references: Sequence[str]) -> list[tuple[str, str]]:
+    return [(row, reference) for reference in references]
+
+
+def _each(rows: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
+    return [(row, reference) for row in rows for reference in references]
+
+
+CLAIMS = (
+    Claim(
+        "Abstract",
+        "higher-quality bidirectional representations compared with causal, hybrid, and scheduler-only "
+        "baselines",
+        better("study", _over("ggsm", ("causal", *HYBRIDS, "scheduler"))),
+    ),
+    Claim("Abstract", "more stable training", steadier("study", "ggsm", "scheduler")),
+    Claim(
+        "Sec. 1",
+        "the training transition from causal to bidirectional attention is a key factor affecting … "
+        "representation quality",
+        better("study", _each(("scheduler", "ggsm"), ("bidirectional",)), one_is_enough=True),
+    ),
+    Claim(
+        "Sec. 2",
+        "bidirectional masking yields the highest representational quality",
+        better("study", _over("bidirectional", ("causal", *HYBRIDS))),
+    ),
+    Claim(
+        "Sec. 6",
+        "Standard Causal masks are too restrictive for representation tasks",
+        better("study", [("bidirectional", "causal")]),
+    ),
+    Claim(
+        "Sec. 6",
+        "Hybrid strategies provide only marginal gains",
+        marginal("study", _each(HYBRIDS[:3], ("causal",))),
+    ),
+    Claim(
+        "Sec. 6",
+        "GG-SM outperforms both naive Bidirectional and Scheduler-based methods",
+        better("study", _over("ggsm", ("bidirectional", "scheduler"))),
+    ),
+    Claim(
+        "Sec. 6",
+        "using instantaneous gradient norms as a dynamic signal for token importance",
+        better("ablation", _over(GRADIENT, CONTROLS)),
+    ),
+    Claim(
+        "Sec. 4",
+        "during warmup … tokens that strongly influence the loss receive higher visibility (as published, "
+        "against one half for every token)",
+        better("ablation", [("ggsm", "ggsm_constant")]),
+    ),
+    Claim(
+        "Sec. 1",
+        "a gradient-informed pre-warmup … leads to stronger final bidirectional representations",
+        better("ablation", [("ggsm", "ggsm_warm_0")]),
+    ),
+    Claim(
+        "Sec. 4",
+        "To mitigate the effect of false negatives, we … introduce a mask factor",
+        better("ablation", [(row, f"{row}_no_margin") for row in ("ggsm", "bidirectional")]),
+    ),
+    Claim(
+        "Sec. 6",
+        "consistently outperforming massive general-purpose embeddings (here: a small one)",
+        better("study", [("ggsm", "minilm")]),
+    ),
+    Claim(
+        "Sec. 6",
+        "a decisive performance gap between traditional user modeling and LLM-based approaches",
+        better("study", _each(("ggsm", *LANGUAGE), TRADITIONAL)),
+    ),
+    Claim(
+        "Sec. 6",
+        "MSDP, One4all, and CPC excel in specific tasks like Achiev.",
+        better("study", _each(TRADITIONAL, ("ggsm",)), (OF_PAPER["Achiev."],)),
+    ),
+    Claim(
+        "Sec. 6",
+        "they struggle with tasks requiring global contextual transfer, such as Food or Movie",
+        better("study", _over("ggsm", TRADITIONAL), (OF_PAPER["Food"], OF_PAPER["Movie"])),
+    ),
+    Claim(
+        "Sec. 6",
+        "Comparing … against recent LLM-based baselines like FOUND and InstructUE, … GG-SM provides more "
+        "consistent gains",
+        better("study", _over("ggsm", LANGUAGE)),
+    ),
+    Claim(
+        "Sec. 6",
+        "As evidenced by the Behavior Preference results, … significantly sharper separation of user "
+        "interests compared to static masking recipes",
+        better("study", _over("ggsm", ("causal", *HYBRIDS, "bidirectional")), (DOMAINS[1],)),
+    ),
+    Claim(
+        "Sec. 6",
+        "its consistent lead across three distinct domains",
+        better("study", _over("ggsm", MASKS), DOMAINS),
+    ),
+    Claim(
+        "Sec. 6",
+        "in the Marketing Sensitivity domain … GG-SM achieves peak AUC",
+        better("study", _over("ggsm", (*MASKS, *TRADITIONAL, *LANGUAGE)), (DOMAINS[2],)),
+    ),
+    Claim(
+        "Sec. 6",
+        "captures more transferable user traits (here: on households that no training has seen)",
+        better("study_new_users", _over("ggsm", ("causal", "bidirectional", "scheduler"))),
+    ),
+    Claim(
+        "Table 2", "the order of the masks", ordered("study", ("causal", *HYBRIDS[:3], *MASKS[-2:], "ggsm"))
+    ),
+    Claim("Table 2", "the order of all rows", ordered("study")),
+)
+
+
+def audit(tables: Tables) -> pl.DataFrame:
+    """Every claim with its measurement: claim, where, said, what, value, ci_low, ci_high, seeds, verdict."""
+    lines = [
+        (number, one.where, one.said, *one.measure(tables)) for number, one in enumerate(CLAIMS, start=1)
+    ]
+    types = (pl.Int64, *[pl.String] * 3, *[pl.Float64] * 3, pl.Int64, pl.String)
+    columns = ("claim", "where", "said", *Measured._fields)
+    return pl.DataFrame(lines, schema=dict(zip(columns, types, strict=True)), orient="row")
+
+
+def gradient_verdict(ablation: Evidence, *, short: bool = False) -> str:
+    """Markdown: whether weights from the gradient beat their controls, and by how much at most."""
+    table = verdicts.gaps(ablation, _over(GRADIENT, CONTROLS))
+    verdict = verdicts.judge(table, len(CONTROLS))
+    if table.is_empty():
+        return f"**That the gradient matters: {verdict}.** {ablation.told()}"
+    fewest = table["seeds"].to_list()
+    seeds = f"{min(fewest)} training seed{'s' if min(fewest) != 1 else ''}"
+    said = [
+        f"**That the gradient matters: {verdict}.** Weights from the gradient against {len(table)} of "
+        f"{len(CONTROLS)} controls, on {seeds}: {verdicts.counted(table)}. "
+        f"All intervals lie within ±{verdicts.reach(table):.4f} of mean AUC."
+    ]
+    if short:
+        return said[0]
+    whole = verdicts.gaps(ablation, _over("ggsm", ("bidirectional", "scheduler", "causal")))
+    for line in whole.iter_rows(named=True):
+        gap = f"{line['difference']:+.4f} [{line['ci_low']:+.4f}, {line['ci_high']:+.4f}]".replace("-", "−")
+        said.append(f"- `ggsm` as published against `{line['reference']}`: {gap}, **{line['verdict']}**")
+    return "\n".join([said[0], "", *said[1:], "", ablation.told()])
