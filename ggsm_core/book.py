@@ -177,9 +177,15 @@ def _leave_out(folder: Path, chapters: set[str]) -> None:
     if "parts" in content:
         content["parts"] = [part for part in parts if part["chapters"]]
     toc.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    link = re.compile(rf"\[([^\]]*)\]\([^)\s]*\b(?:{'|'.join(sorted(absent))})\.ipynb[^)]*\)")
-    for path in [*folder.glob("*.md"), *(folder / "notebooks").glob("*.ipynb")]:
+    link = re.compile(rf"\[([^\[\]]*)\]\([^)\s]*\b(?:{'|'.join(sorted(absent))})\.ipynb[^)]*\)")
+    for path in folder.glob("*.md"):
         path.write_text(link.sub(r"\1", path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in (folder / "notebooks").glob("*.ipynb"):
+        page = json.loads(path.read_text(encoding="utf-8"))
+        for cell in page["cells"]:
+            if cell["cell_type"] == "markdown":
+                cell["source"] = link.sub(r"\1", "".join(cell["source"]))
+        path.write_text(json.dumps(page, indent=1), encoding="utf-8")
 
 
 def job(folder: Path, notebooks: list[Notebook]) -> Job:

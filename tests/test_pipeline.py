@@ -346,7 +346,12 @@ def study(project: Toy) -> Toy:
     profile = small(name="study").model_dump(mode="json")
     (project.folder / "params" / "study.yaml").write_text(yaml.safe_dump(profile))
     published.publish(project.folder, "study", {"causal": 1, "ggsm": 2, "oracle": 1})
-    write_notebook(project.folder / "notebooks" / "02_second.ipynb", "print(2 * 21)", results=["study"])
+    second = write_notebook(
+        project.folder / "notebooks" / "02_second.ipynb", "print([2 * 21])", results=["study"]
+    )
+    content = json.loads(second.read_text())
+    content["cells"][0]["source"] += '\n\nAs in "the [first\nchapter](01_first.ipynb)" it says.'
+    second.write_text(json.dumps(content))
     toc = project.folder / "book" / "_toc.yml"
     toc.write_text(toc.read_text() + "- file: notebooks/02_second\n")
     (project.folder / "book" / "intro.md").write_text(
@@ -363,7 +368,8 @@ def test_a_published_book_is_made_from_its_tables_without_a_run(study: Toy) -> N
     assert before == {path: path.read_bytes() for path in (study.folder / "results").rglob("*.*")}
     pages = study.folder / "build" / "study" / "book" / "_build" / "html"
     assert not (pages / "notebooks" / "01_first.html").exists()
-    assert "42" in (pages / "notebooks" / "02_second.html").read_text()
+    page = (pages / "notebooks" / "02_second.html").read_text()
+    assert "42" in page and "first\nchapter” it says" in page
     intro = (pages / "intro.html").read_text()
     assert "The first, <a" in intro and 'href="notebooks/02_second.html"' in intro
     make(study)  # the other book has both
