@@ -36,7 +36,7 @@ def publish(
     level = np.linspace(0.6, 0.8, len(NAMES))
     points, draws, auc, labels, costs, runs = {}, {}, [], [], [], []
     for row, seeds in rows.items():
-        spread = 0.001 * rng.normal(size=(seeds, len(NAMES)))
+        spread = 0.0001 * rng.normal(size=(seeds, len(NAMES)))
         centre = level + (lead or {}).get(row, 0.0) + spread
         noise = 0.001 * rng.normal(size=(seeds, len(NAMES), RESAMPLES))
         points[row] = comparison.with_mean(centre.mean(axis=0))

@@ -14,7 +14,7 @@ import published
 import pytest
 
 from ggsm_core import planted, provenance
-from ggsm_core.params import Guidance
+from ggsm_core.sections import Guidance
 
 matplotlib.use("agg")
 PAGES = ("11_does_the_gradient_matter", "15_the_study", "16_claims")
@@ -37,7 +37,7 @@ def quick_training(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = planted.experiment
 
     def short(options: Guidance, *, steps: int = 41, users: int = 4) -> pl.DataFrame:
-        return whole(options, steps=steps, users=users)
+        return whole(options, steps=steps, users=min(users, 4))
 
     monkeypatch.setattr(planted, "experiment", short)
 
