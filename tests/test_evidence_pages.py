@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,17 @@ FEW = {
 LEAST = {"study": {"causal": 1, "bidirectional": 1, "ggsm": 1}, "ablation": {"bidirectional": 1, "ggsm": 1}}
 
 
+whole = planted.experiment
+
+
+@cache
+def short(options: Guidance, *, steps: int = 41, users: int = 4) -> pl.DataFrame:
+    return whole(options, steps=steps, users=min(users, 4))
+
+
 @pytest.fixture(autouse=True)
 def quick_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted experiment has tests of its own; here a page needs numbers from it, not minutes."""
-    whole = planted.experiment
-
-    def short(options: Guidance, *, steps: int = 41, users: int = 4) -> pl.DataFrame:
-        return whole(options, steps=steps, users=min(users, 4))
-
     monkeypatch.setattr(planted, "experiment", short)
 
 
