@@ -90,6 +90,12 @@ def again(profile: Profile, only: Only, say: Callable[[str], None] = print) -> p
     )
 
 
+def _number(seed: str) -> int:
+    if not seed.isdigit():
+        raise UnknownRun(f"seeds: {seed!r} is no number; write them as 0,1,2")
+    return int(seed)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m ggsm_core.study", description="Compute the evidence.")
@@ -104,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         profiles = [params.load(profile_file(name)) for name in given.profiles.split(",")]
         if given.recipes or given.seeds:
             rows = [row for row in given.recipes.split(",") if row]
-            seeds = [int(seed) for seed in given.seeds.split(",") if seed]
+            seeds = [_number(seed) for seed in given.seeds.split(",") if seed]
             for profile, only in part(profiles, rows, seeds):
                 for row, seed, auc, published in again(profile, only).iter_rows():
                     told = "not published" if published is None else f"published {published:.6f}"
