@@ -17,6 +17,7 @@ from ggsm_core import pages, provenance
 from ggsm_core.codehash import code_hash
 from ggsm_core.jobs import context
 from ggsm_core.notebooks import INJECTED, PACKAGE, Notebook, seconds, shown_path
+from ggsm_core.runs import Run
 from ggsm_core.scheduler import Job
 from ggsm_core.stages import Plan
 from ggsm_core.stages import check as whole_runs
