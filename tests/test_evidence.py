@@ -12,7 +12,7 @@ import published
 import pytest
 from scipy.stats import kendalltau
 
-from ggsm_core import evidence, provenance, runs, verdicts
+from ggsm_core import book, evidence, provenance, runs, verdicts
 from ggsm_core.evidence import EvidenceError
 
 ROWS = {"causal": 3, "bidirectional": 3, "ggsm": 2, "handmade": 1}
@@ -37,6 +37,10 @@ def test_what_was_published_is_read(root: Path) -> None:
     assert "4 rows" in said and "2 to 3 seeds of 5 planned" in said and "missing: hybrid_segment" in said
     assert evidence.find("ablation") is None
     assert evidence.hashes("ablation") == {} and len(evidence.hashes("study")) == 7
+
+
+def test_what_is_read_is_what_the_pipeline_writes() -> None:
+    assert {f"{table}.csv" for table in evidence.TABLES} == {*book.TABLES, book.COSTS}
 
 
 def change(path: Path, old: str, new: str) -> None:
