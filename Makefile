@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install book print results study test test-slow lint params bench lab clean
+.PHONY: help install book print results study test test-slow lint params gpu-check bench lab clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -39,6 +39,10 @@ lint: install  ## ruff and mypy
 
 params: install  ## the profile, merged, with each field's meaning and unit
 	@$(PY) -m ggsm_core.params params/$(PROFILE).yaml
+
+gpu-check: PROFILE = gpu
+gpu-check: install  ## does PROFILE (here gpu by default) fit this machine's GPUs?
+	@$(PY) -m ggsm_core.gpu_check --profile params/$(PROFILE).yaml
 
 bench: install  ## what the project promises of speed and memory, into results/bench/
 	@for script in $(filter-out benchmarks/report.py,$(wildcard benchmarks/*.py)); do \
