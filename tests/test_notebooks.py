@@ -99,10 +99,30 @@ def test_it_ends_with_what_was_learned_and_exercises(notebook: Any) -> None:
     text = prose(notebook)
     learned, exercises = text.index("## What we learned"), text.index("## Exercises")
     assert learned < exercises
-    assert len(re.findall(r"^\d+\. \S", text[exercises:], re.M)) >= 3
     after = next(i for i, cell in enumerate(page(notebook)) if cell.source.startswith("## What we learned"))
     said = [cell for cell in page(notebook)[after:] if cell.cell_type == "code"]
     assert "Markdown(f" in said[-1].source and "{" in said[-1].source, "the take-away is made from numbers"
+
+
+def test_exercises_are_graded_and_each_has_a_solution_that_runs(notebook: Any) -> None:
+    text = prose(notebook).partition("## Exercises")[2]
+    asked = re.findall(r"^(\d+)\. \*(Easy|Medium|Hard)\.\* \S", text, re.M)
+    assert [int(number) for number, _ in asked] == list(range(1, len(asked) + 1))
+    grades = [("Easy", "Medium", "Hard").index(grade) for _, grade in asked]
+    assert len(asked) >= 3 and grades == sorted(grades) and {*grades} == {0, 1, 2}
+    found = solutions(notebook)
+    assert notebook["cells"][-len(found) :] == found, "solutions close the page"
+    assert len(found) == len(asked)
+    for number, cell in enumerate(found, start=1):
+        assert cell.source.startswith(f"# Solution {number}.") and "hide-cell" in cell.metadata.tags
+        tree = ast.walk(ast.parse(cell.source))
+        says = [
+            node
+            for node in tree
+            if isinstance(node, ast.Assert)
+            or (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print")
+        ]
+        assert says, f"{cell.id} neither asserts nor prints"
 
 
 def test_the_profile_is_its_only_parameter(notebook: Any) -> None:
@@ -111,13 +131,15 @@ def test_the_profile_is_its_only_parameter(notebook: Any) -> None:
 
 
 def test_it_defines_nothing_that_the_library_has(notebook: Any) -> None:
-    known = {module.name for module in pkgutil.iter_modules(ggsm_core.__path__)}
+    known, own = {module.name for module in pkgutil.iter_modules(ggsm_core.__path__)}, {"recipes.Recipe"}
     for cell in code(notebook):
         tree = ast.parse(cell.source)  # plain Python: no magics, no shell
-        assert not [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 assert node.name not in known
+            if isinstance(node, ast.ClassDef):  # a reader's own recipe, and nothing else
+                own.add(node.name)
+                assert ast.unparse(node.bases[0]) in own
 
 
 def test_every_picture_has_words(notebook: Any) -> None:
