@@ -116,6 +116,14 @@ def words(sequence: Encoded, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return told
 
 
+def led_by(who: Example, pairs: batches.Pairs, folders: Mapping[str, Path]) -> np.ndarray:
+    """Int64[B]: the pairs of the first batch, with one of the household's in front."""
+    sample = pl.read_parquet(folders["tokens"] / "pairs.parquet")["sample"].to_numpy()
+    rows = pairs.rows(0)
+    own, others = np.flatnonzero(sample == who.sample)[:1], rows[sample[rows] != who.sample]
+    return np.concatenate([own, others])[: len(rows)]
+
+
 def sequence(
     user: User, encoder: UserEncoder, folders: Mapping[str, Path], profile: str, query: str | None = None
 ) -> Batch:

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from ggsm_core import charts, figures, story
+from ggsm_core import batches, charts, figures, story
 from ggsm_core.data import privacy
 from ggsm_core.loss import info_nce_rows
 from ggsm_core.params import RECIPE_NAMES
@@ -204,6 +204,18 @@ def test_the_example_does_not_depend_on_the_order_of_rows(tmp_path: Path, seed: 
         chosen.append(story.example(tmp_path))
     assert chosen[0] == chosen[1]
     assert chosen[0].anchor == 210
+
+
+def test_a_batch_led_by_the_example(tmp_path: Path) -> None:
+    """Its pair comes first and once; the others keep their order; the batch keeps its size."""
+    inputs = tiny.corpus(tmp_path)
+    pairs = batches.Pairs(inputs["tokens"], inputs["texts"], 6, seed=0)
+    plain = pairs.rows(0)
+    for sample in range(12):
+        rows = story.led_by(story.Example("u", sample, 0, "household u"), pairs, inputs)
+        samples = pairs.samples(rows)
+        assert len(rows) == 6 and samples[0] == sample and samples.count(sample) == 1
+        assert rows[1:].tolist() == [row for row in plain if pairs.samples(np.array([row])) != [sample]][:5]
 
 
 def test_no_example_is_an_error_that_says_why(tmp_path: Path) -> None:

@@ -125,6 +125,12 @@ def test_exercises_are_graded_and_each_has_a_solution_that_runs(notebook: Any) -
         assert says, f"{cell.id} neither asserts nor prints"
 
 
+def test_one_household_goes_through_the_book(notebook: Any) -> None:
+    if int(notebook["path"].stem[:2]) <= 10:
+        source = "\n".join(cell.source for cell in code(notebook))
+        assert "who = story.example(" in source and "who.name" in source
+
+
 def test_the_profile_is_its_only_parameter(notebook: Any) -> None:
     tagged = [cell for cell in notebook["cells"] if "parameters" in cell.metadata.get("tags", [])]
     assert [cell.source for cell in tagged] == ['profile = "params/quick.yaml"']
