@@ -90,6 +90,7 @@ HOW: dict[str, Callable[[Printed], None]] = {
     r"make book( PROFILE=smoke)?": in_ci,
     r"make (test|test-slow|lint)": in_ci,
     r"make book PROFILE=gpu": needs("On a GPU"),
+    r"pip install \.": by("test_packaging.py", "test_it_imports_without_the_extras"),
     r"make print": by("test_book.py", "test_the_book_prints_on_one_page"),
     r"make params( PROFILE=gpu)?": by(
         "test_params.py", "test_make_params_prints_every_field_with_its_meaning"
