@@ -145,7 +145,10 @@ def key(notebook: Notebook, plan: Plan) -> str:
     """Hash of all that the executed notebook depends on."""
     return provenance.digest(
         {
-            "cells": [[cell["cell_type"], "".join(cell["source"])] for cell in notebook.content["cells"]],
+            "cells": [
+                [cell["cell_type"], "".join(cell["source"]), cell["metadata"]]
+                for cell in notebook.content["cells"]
+            ],
             "metadata": notebook.content["metadata"],
             "profile": notebook.narrowed(plan.profile),
             "runs": [node.name for node in notebook.reads(plan)],

@@ -166,6 +166,10 @@ def test_a_notebooks_key_covers_what_it_declares_and_nothing_else(toy: Toy) -> N
     assert key_of(toy) != key
     toy.edit("shared.py", "3 * x", "2 * x")
     assert key_of(toy) == key
+    folded = json.loads(path.read_text(encoding="utf-8"))
+    folded["cells"][-1]["metadata"] = {"tags": ["hide-cell"]}  # the page shows it otherwise
+    path.write_text(json.dumps(folded), encoding="utf-8")
+    assert key_of(toy) != key
     write_notebook(path, "from ggsm_core import loss", recipes=["ggsm"])
     assert key_of(toy) != key
 
