@@ -21,7 +21,8 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoConfig
 
 from ggsm_core import backbone, cost, params
-from ggsm_core.params import Backbone, Profile
+from ggsm_core.params import Profile
+from ggsm_core.sections import Backbone
 
 ROOM = 0.9
 """Share of the free memory that may be planned with; the rest goes to kernels and to fragments."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from ggsm_core import comparison, params, recipes, runs, sections, text_encoder, training
+from ggsm_core import batches, comparison, params, recipes, runs, sections, text_encoder, training
 from ggsm_core.data import windows
 from ggsm_core.evaluation import households_of
 from ggsm_core.figures import SEGMENT_COLOURS

@@ -19,8 +19,6 @@ from typing import NamedTuple
 
 import pytest
 
-from ggsm_core import mixes
-
 ROOT = Path(__file__).resolve().parents[1]
 STARTS = (
     r"(?:\.ci/run|\.venv/bin/\w+|accelerate|export|kubectl|launch/\w+\.sh|make|pip|python|sbatch|vllm)(?: |$)"
@@ -105,7 +103,6 @@ HOW: dict[str, Callable[[Printed], None]] = {
     r"python -m ggsm_core\.data\.readers": by("test_readers.py", "test_the_command_line"),
     r"python -m ggsm_core\.embed .*": by("test_embed.py", "test_the_command_line"),
     r"python -m ggsm_core\.cost --profile FILE": by("test_cost.py", "test_what_cannot_be_told_is_said"),
-    r"python -m ggsm_core\.mixes .*": by("test_commands.py", "test_a_mix_is_asked_for"),
     r"accelerate launch --num_processes 8 .*": needs("On a GPU"),
     r"accelerate launch --config_file .*": by(
         "test_launch.py", "test_accelerate_starts_two_processes_from_them"
@@ -162,16 +159,6 @@ def test_runs_are_listed() -> None:
 def test_one_training_run() -> None:
     done = python(first(r"\.venv/bin/python -m ggsm_core\.training .*"), GGSM_WORKERS="2")
     assert done.returncode == 0, done.stderr
-
-
-def test_a_mix_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[object, ...]] = []
-    monkeypatch.setattr(mixes, "compare", lambda *given: asked.append(given))
-    words = shlex.split(first(r"python -m ggsm_core\.mixes .*").replace("mine", "smoke"))[3:]
-    words[words.index("--profile") + 1] = str(ROOT / "params" / "smoke.yaml")
-    assert mixes.main(words) == 0
-    ((profile, recipe, shares, _),) = asked
-    assert (recipe, shares) == ("ggsm", [0.0, 0.25, 0.5]) and profile.name == "smoke"  # type: ignore[attr-defined]
 
 
 def test_make_starts_what_is_there() -> None:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ggsm_core import cost, gpu_check, params
+from ggsm_core import cost, gpu_check, params, sections
 from ggsm_core.gpu_check import Gpu, Machine
 
 PARAMS = Path(__file__).resolve().parents[1] / "params"
@@ -78,9 +78,9 @@ def test_memory_is_what_the_cost_model_says_and_its_mend_mends(free: float, proc
 
 def test_weights_are_looked_for_where_they_should_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(path: str) -> str | None:
-        return gpu_check.missing_weights(params.Backbone(kind="pretrained", path=path))
+        return gpu_check.missing_weights(sections.Backbone(kind="pretrained", path=path))
 
-    assert gpu_check.missing_weights(params.Backbone()) is None
+    assert gpu_check.missing_weights(sections.Backbone()) is None
     assert missing(str(tmp_path)) == f"{tmp_path}: lacks config.json, tokenizer, weights"
     tiny.decoder().save_pretrained(tmp_path)
     assert missing(str(tmp_path)) == f"{tmp_path}: lacks tokenizer"
@@ -117,7 +117,7 @@ def test_a_real_decoder_in_a_folder_is_told_in_full(tmp_path: Path) -> None:
     """As ``look`` finds it: the configuration of the folder decides, not the one that the name stands for."""
     tiny.decoder().save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
-    own = GPU.model_copy(update={"backbone": params.Backbone(kind="pretrained", path=str(tmp_path))})
+    own = GPU.model_copy(update={"backbone": sections.Backbone(kind="pretrained", path=str(tmp_path))})
     seen = gpu_check.look(own)
     assert seen.weights is None and seen.config.hidden_size == tiny.HIDDEN
     assert not problems(own, Machine((Gpu("small", 2e9, True),), config=seen.config))
