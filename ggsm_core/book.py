@@ -152,6 +152,7 @@ def assemble(prose: Path, executed: list[Path], results: Path, folder: Path) -> 
         for cell in content["cells"]:
             if INJECTED in cell["metadata"].get("tags", []):
                 cell["metadata"]["tags"].append("remove-cell")
+        pages.name_solutions(content)
         content["cells"].append(pages.colophon(path.stem, content))
         (folder / "notebooks" / path.name).write_text(json.dumps(content, indent=1), encoding="utf-8")
     _leave_out(folder, {path.stem for path in executed})

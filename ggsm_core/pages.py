@@ -56,6 +56,14 @@ Or open it with `make lab`. Code that it imports: {code}.
     return {"cell_type": "markdown", "id": "colophon", "metadata": {}, "source": text}
 
 
+def name_solutions(executed: dict[str, Any]) -> None:
+    """Have the button of each folded solution say which exercise it is for."""
+    solutions = [cell for cell in executed["cells"] if "solution" in cell["metadata"].get("tags", [])]
+    for number, cell in enumerate(solutions, start=1):
+        names = {f"code_prompt_{act.lower()}": f"{act} solution {number}" for act in ("Show", "Hide")}
+        cell["metadata"]["mystnb"] = cell["metadata"].get("mystnb", {}) | names
+
+
 def _papermill(executed: dict[str, Any]) -> dict[str, Any]:
     told = executed["metadata"]["papermill"]
     assert isinstance(told, dict)

@@ -55,6 +55,19 @@ def test_a_page_ends_with_its_commands_and_the_code_that_it_imports() -> None:
     assert all(line in cell["source"] for line in pages.commands("08_ggsm_warmup").values())
 
 
+def test_solutions_are_named_after_their_exercises() -> None:
+    folded = {"tags": ["hide-cell", "solution"], "mystnb": {"image": {"alt": "a picture"}}}
+    cells: list[dict[str, Any]] = [{"metadata": {}}, {"metadata": dict(folded)}, {"metadata": dict(folded)}]
+    pages.name_solutions({"cells": cells})
+    assert cells[0] == {"metadata": {}}
+    for number, cell in enumerate(cells[1:], start=1):
+        assert cell["metadata"]["mystnb"] == {
+            "image": {"alt": "a picture"},
+            "code_prompt_show": f"Show solution {number}",
+            "code_prompt_hide": f"Hide solution {number}",
+        }
+
+
 def test_status_says_what_papermill_wrote_down(tmp_path: Path) -> None:
     path = tmp_path / "05_causal.ipynb"
     path.write_text(json.dumps(EXECUTED), encoding="utf-8")
