@@ -89,6 +89,13 @@ HOW: dict[str, Callable[[Printed], None]] = {
     r"make (test|test-slow|lint)": in_ci,
     r"make book PROFILE=gpu": needs("On a GPU"),
     r"pip install \.": by("test_packaging.py", "test_it_imports_without_the_extras"),
+    r"make book PROFILE=study": by(
+        "test_pipeline.py", "test_a_published_book_is_made_from_its_tables_without_a_run"
+    ),
+    r"make study( RECIPES=ggsm SEEDS=0)?": by("test_study.py", "test_make_study_takes_rows_and_seeds"),
+    r"\.venv/bin/python -m ggsm_core\.study --finished": by(
+        "test_study.py", "test_what_is_whole_is_published_and_nothing_else_is_computed"
+    ),
     r"make print": by("test_book.py", "test_the_book_prints_on_one_page"),
     r"make params( PROFILE=gpu)?": by(
         "test_params.py", "test_make_params_prints_every_field_with_its_meaning"
