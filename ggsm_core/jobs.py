@@ -109,7 +109,7 @@ def exit_status(action: Callable[[], int]) -> int:
     def ended(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, ended)
+    before = signal.signal(signal.SIGTERM, ended)
     try:
         return action()
     except KeyboardInterrupt:
@@ -125,6 +125,8 @@ def exit_status(action: Callable[[], int]) -> int:
     except OSError as problem:
         print(disk_message(problem, Path.cwd()) or f"{type(problem).__name__}: {problem}", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def explain(problem: Exception, folder: Path) -> tuple[str, bool]:

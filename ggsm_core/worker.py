@@ -23,7 +23,7 @@ from typing import Any
 from filelock import Timeout
 from pydantic import TypeAdapter
 
-from ggsm_core import params, provenance, sections
+from ggsm_core import params, provenance, rendezvous, sections
 from ggsm_core.codehash import closure, code_hash
 from ggsm_core.jobs import context, exit_status, explain, run_missing
 from ggsm_core.runs import DamagedRun, Run, Store
@@ -38,10 +38,6 @@ class Undeclared(AttributeError, ValueError):
 
 class StaleCode(ValueError):
     """The code is no longer what the run's id was computed from."""
-
-
-class NoRendezvous(ValueError):
-    """The processes of a distributed launch do not find each other."""
 
 
 class Declared:
@@ -188,7 +184,7 @@ def together(
         print(f"{node.title}: {done} of {total}  {message}", flush=True)
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    gate = _gate() if world > 1 else None
+    gate = rendezvous.gate() if world > 1 else None
     if gate is not None and rank > 0:
         return _follow(gate, rank, plan, node, say)
 
@@ -229,24 +225,6 @@ def _follow(gate: Any, rank: int, plan: Plan, node: Node, say: Progress) -> Run:
         gate.set(f"ready {rank}", "")
     gate.wait(["whole"], timedelta(hours=1))
     return Run(plan.store.folder(node.name))
-
-
-def _gate() -> Any:
-    """The launcher's key-value store, under a prefix of our own."""
-    from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
-
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    seconds = int(os.environ.get("GGSM_RENDEZVOUS_SECONDS", "60"))
-    try:
-        store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=seconds))))
-    except (RuntimeError, ValueError) as problem:
-        raise NoRendezvous(
-            f"MASTER_ADDR, MASTER_PORT: process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} "
-            f"did not meet the others at {address} within {seconds} s (GGSM_RENDEZVOUS_SECONDS); check the "
-            f"address, the network and that so many were started ({problem})"
-        ) from problem
-    return PrefixStore("ggsm_runs", store)
 
 
 def command_line(stage: str, argv: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ggsm_core import checkpoints, telemetry, training, worker
+from ggsm_core import checkpoints, rendezvous, telemetry, training
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 IDENTITY = {"recipe": "ggsm", "vocabulary": "abc"}
@@ -262,5 +262,5 @@ def test_an_unreachable_rendezvous_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(fleet.free_port())),
                         ("RANK", "1"), ("WORLD_SIZE", "2"), ("GGSM_RENDEZVOUS_SECONDS", "1")):  # fmt: skip
         monkeypatch.setenv(name, value)
-    with pytest.raises(worker.NoRendezvous, match=r"process 1 of 2 did not meet.*127\.0\.0\.1"):
-        worker._gate()
+    with pytest.raises(rendezvous.NoRendezvous, match=r"process 1 of 2 did not meet.*127\.0\.0\.1"):
+        rendezvous.gate()
