@@ -1,11 +1,14 @@
 """Embed the users of an event log: one row a user, in parts, resumable.
 
-    python -m ggsm_core.embed --model FOLDER --events FILE.parquet --out OUT.parquet [--base FOLDER]
+    python -m ggsm_core.embed --model FOLDER --events FILE.parquet --out OUT.parquet [--engine ray]
 
 The log has the columns of ``data.events.SCHEMA``; ``data.readers`` makes one of other files. Sorted by user
 it is read fastest. Memory holds one part of the users, however many there are. OUT has the columns user,
 records (shown to the encoder) and embedding; a user without any record in the window, or of whom none fits
 into the template, has records 0 and no embedding.
+
+``on_ray`` does the same under Ray Data (extra ``cluster``), for a log and a population that no single machine
+holds: OUT is then a folder of shards.
 """
 
 from __future__ import annotations
@@ -22,10 +25,11 @@ from typing import Any, Literal
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import torch
 
-from ggsm_core.data import windows
-from ggsm_core.data.events import DAY, EPOCH, examine, validate
+from ggsm_core.data import bulk, windows
+from ggsm_core.data.events import DAY, EPOCH, SCHEMA, examine, validate
 from ggsm_core.embedding import embed_all
 from ggsm_core.model import UserEncoder
 from ggsm_core.provenance import digest, sha256, write_atomically
@@ -33,6 +37,7 @@ from ggsm_core.template import encode_user
 from ggsm_core.text_encoder import TextEncoder
 from ggsm_core.tokens import Sequences
 
+NOTE = "asked.json"
 Progress = Callable[[float, float, str], None]
 
 
@@ -71,8 +76,7 @@ def embed(
         EventError: rows that break the schema, by line and kind.
         EmbedError: an encoder without template, or parts of another call.
     """
-    if encoder.template is None:
-        raise EmbedError("model: saved without its template; train it with this version of ggsm_core")
+    embedded = _Embedder(encoder, history_days, dtype, texts)
     log = pl.scan_parquet(events)
     examine(log).refuse()
     last = log.select(DAY.max()).collect(engine="streaming").item()
@@ -82,20 +86,14 @@ def embed(
         )
     day = (anchor - EPOCH).days if anchor is not None else last + 1
     users = log.select(pl.col("user").unique()).collect(engine="streaming")["user"].sort()
-    asked = {
-        "events": sha256(events),
-        "encoder": digest([f"{k} {v.float().sum().item()}" for k, v in encoder.trained_state().items()]),
-        "settings": [day, history_days, dtype, part_size],
-    }
-    parts = _open(out.with_name(out.name + ".parts"), asked)
-    vectors = _Vectors(texts) if encoder.features is not None else None
+    parts = _open(out, sha256(events), encoder, [day, history_days, dtype, part_size])
     for start in range(0, len(users), part_size):
         part = parts / f"{start:012d}.parquet"
         if not part.is_file():
             group = users.slice(start, part_size)
-            table = _embed_part(encoder, log, group, day, history_days, dtype, vectors)
-            table.write_parquet(part.with_suffix(".partial"))
-            part.with_suffix(".partial").rename(part)
+            # A range, not a list: with a log sorted by user, the reader skips what lies outside it.
+            inside = pl.col("user").is_between(pl.lit(group[0]), pl.lit(group[-1]))
+            _keep(embedded(log.filter(inside).collect(engine="streaming"), day), part)
         progress(min(start + part_size, len(users)), len(users), "users embedded")
     whole = out.with_name(f".{out.name}.partial")
     pl.scan_parquet(parts / "*.parquet").sink_parquet(whole)
@@ -103,9 +101,76 @@ def embed(
     shutil.rmtree(parts)
 
 
-def _open(folder: Path, asked: dict[str, Any]) -> Path:
+def on_ray(
+    encoder: UserEncoder,
+    events: Path,
+    out: Path,
+    *,
+    anchor: date,
+    history_days: int = 90,
+    dtype: Literal["float32", "float16"] = "float32",
+    texts: Callable[[list[str]], np.ndarray] | None = None,
+    progress: Progress = lambda done, total, message: None,
+) -> None:
+    """``embed`` on the cluster that Ray is connected to, else on this machine; a GPU for each worker if any.
+
+    Users are dealt by a hash of their names into ``bulk.BUCKETS`` groups. Each becomes a file of the folder
+    ``out``, whole or not at all. An interrupted call leaves them in ``<out>.parts``; the same call embeds the
+    other users. All machines see ``out``, and ``events``: a file or a folder, in any order.
+
+    Raises:
+        EmbedError: as ``embed``; or ``out`` is there already.
+        EventError: rows that break the schema.
+    """
+    import ray
+
+    embedded = _Embedder(encoder, history_days, dtype, texts)
+    if out.exists():
+        raise EmbedError(f"{out}: is there already; delete it, or give another --out")
+    files = [events] if events.is_file() else sorted(events.rglob("*.parquet"))
+    stamps = digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+    day = (anchor - EPOCH).days
+    parts = _open(out.resolve(), stamps, encoder, [day, history_days, dtype, bulk.BUCKETS])
+    done = {int(part.stem) for part in parts.glob("*.parquet")}
+    with bulk.buckets_on_ray(events, frozenset(done)) as buckets:
+        shards = buckets.map_groups(
+            _Shards,
+            fn_constructor_args=(embedded, day, parts),
+            batch_format="pyarrow",
+            num_gpus=min(1, ray.cluster_resources().get("GPU", 0)),
+        )
+        for number, _ in enumerate(shards.iter_rows(), len(done) + 1):
+            progress(number, bulk.BUCKETS, "shards embedded")
+    (parts / NOTE).unlink()
+    parts.rename(out)
+
+
+class _Shards:
+    """What a worker of Ray holds; it embeds one bucket after the other."""
+
+    def __init__(self, embedded: _Embedder, day: int, parts: Path) -> None:
+        embedded.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.embedded, self.day, self.parts = embedded, day, parts
+
+    def __call__(self, events: pa.Table) -> pa.Table:
+        bucket = events["bucket"][0].as_py()
+        table = self.embedded(pl.DataFrame(events.select(list(SCHEMA))), self.day)
+        _keep(table, self.parts / f"{bucket:05d}.parquet")
+        return pa.table({"bucket": [bucket]})
+
+
+def _keep(table: pl.DataFrame, part: Path) -> None:
+    """Write a part, whole or not at all."""
+    table.write_parquet(part.with_suffix(".partial"))
+    part.with_suffix(".partial").rename(part)
+
+
+def _open(out: Path, events: str, encoder: UserEncoder, settings: list[Any]) -> Path:
     """The folder of parts, new or left by the same call."""
-    note = folder / "asked.json"
+    weights = digest([f"{k} {v.float().sum().item()}" for k, v in encoder.trained_state().items()])
+    asked = {"events": events, "encoder": weights, "settings": settings}
+    folder = out.with_name(out.name + ".parts")
+    note = folder / NOTE
     if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != asked:
         raise EmbedError(f"{folder}: holds parts of another model, log or setting; delete it to begin anew")
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,10 +182,11 @@ class _Vectors:
     """Record text -> Float[F], each distinct text encoded once."""
 
     def __init__(self, encode: Callable[[list[str]], np.ndarray] | None) -> None:
-        self._encode = encode or TextEncoder().encode
+        self._encode = encode
         self._known: dict[str, np.ndarray] = {}
 
     def learn(self, texts: set[str]) -> None:
+        self._encode = self._encode or TextEncoder().encode  # loaded where it is used
         new = sorted(texts - self._known.keys())
         if new:
             self._known |= dict(zip(new, self._encode(new), strict=True))
@@ -129,42 +195,49 @@ class _Vectors:
         return self._known[text]
 
 
-def _embed_part(
-    encoder: UserEncoder,
-    log: pl.LazyFrame,
-    group: pl.Series,
-    day: int,
-    history_days: int,
-    dtype: str,
-    vectors: _Vectors | None,
-) -> pl.DataFrame:
-    """The rows of these users, who are neighbours in the order of names."""
-    template = encoder.template
-    assert template is not None
-    # A range, not a list: with a log sorted by user, the reader skips what lies outside it.
-    inside = pl.col("user").is_between(pl.lit(group[0]), pl.lit(group[-1]))
-    events = validate(log.filter(inside).collect(engine="streaming"))
-    samples = pl.DataFrame({"user": group}).with_row_index("sample")
-    found = samples.select(pl.col("sample").cast(pl.Int64), "user", pl.lit(day, pl.Int32).alias("anchor"))
-    encoded = {
-        sample: encode_user(
-            user,
-            encoder.tokenizer,
-            modality_input=template.modality_input,
-            max_tokens=template.max_user_tokens,
+class _Embedder:
+    """All events of some users, and the day before which history ends -> their rows, sorted by user."""
+
+    def __init__(
+        self,
+        encoder: UserEncoder,
+        history_days: int,
+        dtype: str,
+        texts: Callable[[list[str]], np.ndarray] | None,
+    ) -> None:
+        if encoder.template is None:
+            raise EmbedError("model: saved without its template; train it with this version of ggsm_core")
+        self.encoder, self.template = encoder, encoder.template
+        self.history_days, self.dtype = history_days, dtype
+        self.vectors = _Vectors(texts) if encoder.features is not None else None
+
+    def __call__(self, log: pl.DataFrame, day: int) -> pl.DataFrame:
+        events, template = validate(log), self.template
+        users = events.select(pl.col("user").unique().sort())
+        samples = users.with_row_index("sample").select(pl.col("sample").cast(pl.Int64), "user")
+        found = samples.with_columns(anchor=pl.lit(day, pl.Int32))
+        encoded = {
+            sample: encode_user(
+                user,
+                self.encoder.tokenizer,
+                modality_input=template.modality_input,
+                max_tokens=template.max_user_tokens,
+            )
+            for sample, user in windows.users(windows.history(events, found, self.history_days), template)
+        }
+        shown = np.zeros(len(users), np.int32)
+        embeddings = np.full((len(users), self.encoder.hidden_size), np.nan, np.float32)
+        if encoded:
+            rows = list(encoded)
+            shown[rows] = [len(e.records) for e in encoded.values()]
+            if self.vectors is not None:
+                self.vectors.learn({record.text for e in encoded.values() for record in e.records})
+            made = Sequences.of(encoded.values())
+            embeddings[rows] = embed_all(self.encoder, made, self.vectors, lambda *_: None)
+        table = pl.DataFrame(
+            {"user": users["user"], "records": shown, "embedding": embeddings.astype(self.dtype)}
         )
-        for sample, user in windows.users(windows.history(events, found, history_days), template)
-    }
-    shown = np.zeros(len(group), np.int32)
-    embeddings = np.full((len(group), encoder.hidden_size), np.nan, np.float32)
-    if encoded:
-        rows = list(encoded)
-        shown[rows] = [len(e.records) for e in encoded.values()]
-        if vectors is not None:
-            vectors.learn({record.text for e in encoded.values() for record in e.records})
-        embeddings[rows] = embed_all(encoder, Sequences.of(encoded.values()), vectors, lambda *_: None)
-    table = pl.DataFrame({"user": group, "records": shown, "embedding": embeddings.astype(dtype)})
-    return table.with_columns(pl.when(pl.col("records") > 0).then("embedding"))
+        return table.with_columns(pl.when(pl.col("records") > 0).then("embedding"))
 
 
 def _say(began: float) -> Progress:
@@ -192,21 +265,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--anchor", type=date.fromisoformat, help="history ends before this day")
     parser.add_argument("--history-days", type=int, default=90)
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
-    parser.add_argument("--part-size", type=int, default=2000, help="users in memory at a time")
+    parser.add_argument("--part-size", type=int, default=2000, help="users in memory at a time, engine local")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local")
     given: Any = parser.parse_args(arguments)
     try:
         encoder = UserEncoder.load(given.model, base=given.base)
-        encoder.to("cuda" if torch.cuda.is_available() else "cpu")
-        embed(
-            encoder,
-            given.events,
-            given.out,
-            anchor=given.anchor,
-            history_days=given.history_days,
-            dtype=given.dtype,
-            part_size=given.part_size,
-            progress=_say(time.monotonic()),
-        )
+        asked = {name: getattr(given, name) for name in ("anchor", "history_days", "dtype")}
+        asked["progress"] = _say(time.monotonic())
+        if given.engine == "ray":
+            if given.anchor is None:
+                raise EmbedError(
+                    "--anchor: missing; the engine ray does not look for the last day of the log"
+                )
+            on_ray(encoder, given.events, given.out, **asked)
+        else:
+            encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+            embed(encoder, given.events, given.out, part_size=given.part_size, **asked)
     except (ValueError, OSError) as problem:
         print(problem, file=sys.stderr)
         return 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,13 @@ import numpy as np
 import polars as pl
 import pytest
 import tiny
+from polars.testing import assert_frame_equal
 
 from ggsm_core import embed, model, sections, template
 from ggsm_core.data import windows
 from ggsm_core.data.events import EPOCH, SCHEMA, EventError, validate
 
+ANCHOR = date(2017, 7, 26)  # the day after the last event
 TEXTS = tiny.WORDS.split(", ")
 
 
@@ -197,3 +199,32 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     used.template = None
     with pytest.raises(embed.EmbedError, match="template"):
         embed.embed(used, tmp_path / "events.parquet", tmp_path / "p")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own
+def test_ray_embeds_each_user_once_however_often_it_is_cut_off(tmp_path: Path) -> None:
+    """Cut off after three shards; those stay as they are, and all rows are those of one machine."""
+    pytest.importorskip("ray")
+    events, used = log(40), encoder(features=384)  # MiniLM's, which every worker loads
+    expected = run(tmp_path, events, encoder=used, texts=None)
+    given = {"anchor": ANCHOR, "texts": None}
+
+    def stop(done: float, total: float, message: str) -> None:
+        if done >= 3:
+            raise Cut
+
+    with pytest.raises(Cut):
+        embed.on_ray(used, tmp_path / "events.parquet", tmp_path / "shards", progress=stop, **given)
+    parts = tmp_path / "shards.parts"
+    kept = {part.name: part.stat().st_mtime_ns for part in parts.glob("*.parquet")}
+    assert len(kept) >= 3 and not (tmp_path / "shards").exists()
+    with pytest.raises(embed.EmbedError, match="another model, log or setting"):
+        embed.on_ray(used, tmp_path / "events.parquet", tmp_path / "shards", history_days=9, **given)
+    embed.on_ray(used, tmp_path / "events.parquet", tmp_path / "shards", **given)
+    shards = sorted((tmp_path / "shards").iterdir())
+    assert not parts.exists() and len(shards) > len(kept)
+    assert kept == {part.name: part.stat().st_mtime_ns for part in shards if part.name in kept}
+    assert_frame_equal(pl.read_parquet(tmp_path / "shards").sort("user"), expected, abs_tol=1e-5)
+    with pytest.raises(embed.EmbedError, match="is there already"):
+        embed.on_ray(used, tmp_path / "events.parquet", tmp_path / "shards", **given)

@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ ROWS = 100_000
 GROUP = 10_000
 """Users of a row group that is written."""
 BUCKETS = 256
-"""Groups of users that a cluster templates, each in one piece."""
+"""Groups of users, by a hash of their names, that a cluster works on, each in one piece."""
 PARTITIONS = 16
 """Parts that a cluster shuffles these groups into."""
 _OUT = pa.schema({"user": pa.large_string(), "text": pa.large_string()})
@@ -65,6 +66,14 @@ def local(events: Path, out: Path, **settings: Any) -> None:
 
 def on_ray(events: Path, out: Path, **settings: Any) -> None:
     """The same under Ray Data: on the cluster that Ray is connected to, else on this machine."""
+    with buckets_on_ray(events) as buckets:
+        texts = buckets.map_groups(partial(templates, **settings), batch_format="pyarrow").sort("user")
+        _write(texts.iter_batches(batch_size=GROUP, batch_format="pyarrow"), out)
+
+
+@contextmanager
+def buckets_on_ray(events: Path, skip: frozenset[int] = frozenset()) -> Iterator[Any]:
+    """A log's events as Ray's groups by ``bucket``, without those to ``skip``; Ray is there meanwhile."""
     import ray
     import ray.data
 
@@ -73,15 +82,12 @@ def on_ray(events: Path, out: Path, **settings: Any) -> None:
         ray.init(include_dashboard=False, log_to_driver=False)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
-        texts = (
-            ray.data.read_parquet(str(events))
+        yield (
+            ray.data.read_parquet(str(events.resolve()))
             .select_columns(list(SCHEMA))
-            .map_batches(_bucketed, batch_format="pyarrow")
+            .map_batches(partial(_bucketed, skip=skip), batch_format="pyarrow")
             .groupby("bucket", num_partitions=PARTITIONS)
-            .map_groups(partial(templates, **settings), batch_format="pyarrow")
-            .sort("user")
         )
-        _write(texts.iter_batches(batch_size=GROUP, batch_format="pyarrow"), out)
     finally:
         if started:
             ray.shutdown()
@@ -106,10 +112,13 @@ def whole_users(events: Path) -> Iterator[pa.Table]:
         yield pa.concat_tables(held)
 
 
-def _bucketed(events: pa.Table) -> pa.Table:
+def _bucketed(events: pa.Table, skip: frozenset[int]) -> pa.Table:
+    if events["user"].null_count:
+        raise EventError("user: null in the log; data.readers names such rows by line")
     users = pc.dictionary_encode(events["user"].combine_chunks())
     buckets = np.array([crc32(name.encode()) % BUCKETS for name in users.dictionary.to_pylist()])
-    return events.append_column("bucket", pa.array(buckets[users.indices.to_numpy()]))
+    bucket = buckets[users.indices.to_numpy()]
+    return events.append_column("bucket", pa.array(bucket)).filter(~np.isin(bucket, list(skip)))
 
 
 def _write(tables: Iterable[pa.Table], out: Path) -> None:
