@@ -390,13 +390,15 @@ class Trainer:
 
         passes = gradcache.TwoPasses(encode, parts)
         gradients, _ = self._objective(*passes.first(), step)
-        norms = []
-        for chunk in parts:
+
+        def norms_of(chunk: Chunk) -> Tensor:
+            # A function of its own: the graph that it leaves behind goes before the next micro-batch comes.
             outputs = passes.second(chunk)
             loss = gradcache.surrogate(outputs, self._of(chunk, gradients))
             assert outputs[0].site is not None
-            norms.append(guidance.gradient_norms(loss, outputs[0].site))
-        return norms
+            return guidance.gradient_norms(loss, outputs[0].site)
+
+        return [norms_of(chunk) for chunk in parts]
 
     def _snapshot(self) -> UserEncoder:
         """A frozen copy of the encoder at the end of warm-up."""
