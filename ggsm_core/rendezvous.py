@@ -9,16 +9,16 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import Store
+    from torch.distributed.distributed_c10d import Store as KeyValueStore
 
-_held: list[Store] = []  # what this process serves or has joined lasts as long as it does
+_held: list[KeyValueStore] = []  # what this process serves or has joined lasts as long as it does
 
 
 class NoRendezvous(ValueError):
     """The processes of a distributed launch do not find each other."""
 
 
-def gate() -> Store:
+def gate() -> KeyValueStore:
     """The launcher's key-value store under a prefix of ours, once all processes are there.
 
     Raises ``NoRendezvous`` after GGSM_RENDEZVOUS_SECONDS, 60 unless set.
@@ -42,7 +42,7 @@ def gate() -> Store:
     return PrefixStore(f"ggsm_runs {os.environ['MASTER_PORT']}", agents or store)
 
 
-def _moved(seconds: int) -> Store:
+def _moved(seconds: int) -> KeyValueStore:
     """torchrun's store; the processes, and the process group after them, meet at another from here on.
 
     torchrun (2.13) hands processes that it starts again the store of those before, with the addresses of the
