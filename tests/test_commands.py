@@ -108,7 +108,7 @@ HOW: dict[str, Callable[[Printed], None]] = {
     r"\.venv/bin/python -m ggsm_core\.training .*": by("test_commands.py", "test_one_training_run"),
     r"\.venv/bin/python -m papermill .*": by("test_book.py", "test_the_command_on_a_page_works"),
     r"python -m ggsm_core\.data\.readers": by("test_readers.py", "test_the_command_line"),
-    r"python -m ggsm_core\.embed .*": by("test_embed.py", "test_the_command_line"),
+    r"python -m ggsm_core\.embed( .*)?": by("test_embed.py", "test_the_command_line"),
     r"python -m ggsm_core\.cost --profile FILE": by("test_cost.py", "test_what_cannot_be_told_is_said"),
     r"accelerate launch --num_processes 8 .*": needs("On a GPU"),
     r"accelerate launch --config_file .*": by(

@@ -58,7 +58,7 @@ def test_a_pace_reaches_its_row_and_no_other(tmp_path: Path) -> None:
     old, new = before["contrast-ggsm-s0"], after["contrast-ggsm-s0"]
     for section, field, factor in (("training", "total_steps", 0.5), ("training", "learning_rate", 3.0)):
         assert new["sections"][section][field] == pytest.approx(old["sections"][section][field] * factor)
-    assert new["options"]["warm_steps"] == old["options"]["warm_steps"] // 2
+    assert new["options"]["warm_steps"] == round(old["options"]["warm_steps"] / 2)
     old, new = before["sequence-cpc-s0"], after["sequence-cpc-s0"]
     assert new["sections"]["peers"]["epochs"] == old["sections"]["peers"]["epochs"] // 2
 
