@@ -121,8 +121,9 @@ def test_accelerate_reads_its_configurations(name: str) -> None:
 def test_accelerate_starts_two_processes_from_them(name: str, tmp_path: Path) -> None:
     """On the CPU: their own launcher, then gloo between two processes that know of each other."""
     (tmp_path / "count.py").write_text(
-        "import torch\nfrom accelerate import Accelerator\na = Accelerator()\n"
-        "print('sum', int(a.reduce(torch.tensor(a.process_index + 1))), 'of', a.num_processes, flush=True)\n"
+        "import os\nimport torch\nfrom accelerate import Accelerator\na = Accelerator()\n"
+        "total = int(a.reduce(torch.tensor(a.process_index + 1)))\n"
+        "os.write(1, f'sum {total} of {a.num_processes}\\n'.encode())\n"  # in one piece: they share the pipe
         "torch.distributed.destroy_process_group()\n"
     )
     command = [

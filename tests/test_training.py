@@ -383,7 +383,7 @@ def test_smollm2_learns_with_lora(smollm2_folder: Path, tmp_path: Path) -> None:
     """The profile's own LoRA on real weights: a few steps on the text of the template, saved and merged."""
     profile = params.load(Path(__file__).parent.parent / "params" / "smollm2.yaml")
     assert profile.lora is not None and (profile.lora.rank, profile.lora.alpha) == (64, 64)
-    assert set(profile.lora.targets) == set(params.LORA_TARGETS)
+    assert set(profile.lora.targets) == set(sections.LORA_TARGETS)
     tokenizer = tiny.PreTrainedTokenizerFast.from_pretrained(smollm2_folder)
     inputs = tiny.corpus(tmp_path / "corpus", vocabulary=tokenizer) | {"pretrain": smollm2_folder}
     given_ = settings("ggsm", total_steps=4, batch_size=4, learning_rate=2e-4, margin=None, warm_steps=1)
