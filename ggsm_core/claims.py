@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 from scipy.stats import f as f_distribution
 
-from ggsm_core import printed, verdicts
+from ggsm_core import printed, story, verdicts
 from ggsm_core.comparison import MEAN
 from ggsm_core.data.tasks import DOMAINS, TASKS
 from ggsm_core.evidence import Evidence, EvidenceError
@@ -308,6 +308,6 @@ def gradient_verdict(ablation: Evidence, *, short: bool = False) -> str:
         return said[0]
     whole = verdicts.gaps(ablation, _over("ggsm", ("bidirectional", "scheduler", "causal")))
     for line in whole.iter_rows(named=True):
-        gap = f"{line['difference']:+.4f} [{line['ci_low']:+.4f}, {line['ci_high']:+.4f}]".replace("-", "−")
+        gap = story.signed(line["difference"], line["ci_low"], line["ci_high"])
         said.append(f"- `ggsm` as published against `{line['reference']}`: {gap}, **{line['verdict']}**")
     return "\n".join([said[0], "", *said[1:], "", ablation.told()])

@@ -87,6 +87,11 @@ def folder(name: str) -> Path:
     return provenance.ROOT / "results" / name
 
 
+def profile(name: str) -> params.Profile:
+    """The profile ``name`` of params/. Raises ``params.ProfileError``."""
+    return params.load(provenance.ROOT / "params" / f"{name}.yaml")
+
+
 def hashes(name: str) -> dict[str, str]:
     """File -> sha256 of all that ``load`` reads; {} where nothing is published."""
     files = [folder(name) / f"{table}.csv" for table in TABLES] + [folder(name) / "provenance.json"]
@@ -125,8 +130,7 @@ def load(name: str) -> Evidence:
         raise EvidenceError(f"results/{name}: row {row!r}, seed {seed} is in {where}; {_mend(name)}")
     if lost := sorted({row for row, _ in shown} ^ set(tables["rows"]["recipe"])):
         raise EvidenceError(f"results/{name}: rows.csv and auc.csv differ in row {lost[0]!r}; {_mend(name)}")
-    profile = params.load(provenance.ROOT / "params" / f"{name}.yaml")
-    return Evidence(name, **tables, provenance=told, profile=profile)
+    return Evidence(name, **tables, provenance=told, profile=profile(name))
 
 
 def _mend(name: str) -> str:

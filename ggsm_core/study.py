@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import polars as pl
 
-from ggsm_core import book, evidence, params, provenance
+from ggsm_core import book, evidence, provenance
 from ggsm_core.comparison import MEAN
 from ggsm_core.jobs import exit_status, run_missing
 from ggsm_core.params import Profile
@@ -22,11 +21,6 @@ from ggsm_core.runs import Store
 from ggsm_core.stages import GRAPH, Plan, UnknownRun, check
 
 Only = Callable[[str, int | None], bool]
-
-
-def profile_file(name: str) -> Path:
-    """The file of profile ``name``."""
-    return provenance.ROOT / "params" / f"{name}.yaml"
 
 
 def publish(profile: Profile, only: Only | None = None, say: Callable[[str], None] = print) -> None:
@@ -107,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
 
     def act() -> int:
-        profiles = [params.load(profile_file(name)) for name in given.profiles.split(",")]
+        profiles = [evidence.profile(name) for name in given.profiles.split(",")]
         if given.recipes or given.seeds:
             rows = [row for row in given.recipes.split(",") if row]
             seeds = [_number(seed) for seed in given.seeds.split(",") if seed]

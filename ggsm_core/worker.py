@@ -181,7 +181,8 @@ def together(
     node = plan.node(stage, recipe, seed)
 
     def say(done: int, total: int, message: str = "") -> None:
-        print(f"{node.title}: {done} of {total}  {message}", flush=True)
+        # Written in one piece: the processes of a launch share their output.
+        print(f"{node.title}: {done} of {total}  {message}\n", end="", flush=True)
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     gate = rendezvous.gate() if world > 1 else None
