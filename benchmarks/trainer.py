@@ -218,6 +218,7 @@ if __name__ == "__main__":
     asked = parser.parse_args().one
     if asked:
         with tempfile.TemporaryDirectory() as name:
-            print(json.dumps({"ours": ours, "theirs": theirs}[asked[0]](Path(name), *WORK[asked[1]])))
+            found = {"ours": ours, "theirs": theirs}[asked[0]](Path(name), *WORK[asked[1]])
+        sys.stdout.write(json.dumps(found) + "\n")  # one write: two processes share the pipe
     else:
         main()

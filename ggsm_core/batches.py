@@ -1,6 +1,6 @@
 """Which pairs make batch t, and how they reach a process: whole, or in micro-batches.
 
-Shapes: B global batch, b a process's share of it, F size of the text encoder's vectors.
+Shapes: B global batch, b a process's share of it, m a micro-batch, F size of the text encoder's vectors.
 """
 
 from __future__ import annotations
@@ -23,24 +23,26 @@ from ggsm_core.template import Batch, collate
 from ggsm_core.text_encoder import features
 from ggsm_core.tokens import Sequences
 
+Ints = np.ndarray
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Both towers' sequences of some pairs; their ids and their numbers in the global batch, Long[.].
+    """Sequences of both towers; their ids and the numbers of their pairs in the global batch, Long[.].
 
-    Pairs that share a user or an answer are no negatives of each other.
+    Pairs that share a user or an answer are no negatives of each other. In a micro-batch of several, user i
+    and answer i need not be of one pair.
     """
 
     user: Batch
     answer: Batch
     user_ids: Tensor
     answer_ids: Tensor
-    rows: Tensor
+    user_rows: Tensor
+    answer_rows: Tensor
 
     def to(self, device: torch.device) -> PairBatch:
         """The same on ``device``."""
-        ids = (self.user_ids.to(device), self.answer_ids.to(device), self.rows.to(device))
-        return PairBatch(self.user.to(device), self.answer.to(device), *ids)
+        return PairBatch(*(part.to(device) for part in vars(self).values()))
 
 
 class Pairs:
@@ -101,41 +103,61 @@ class Pairs:
         """The samples that the pairs were made from."""
         return pl.read_parquet(self._tokens / "pairs.parquet", columns=["sample"])["sample"][rows].to_list()
 
-    def batch(self, rows: np.ndarray, pad_id: int, part: slice = slice(None)) -> PairBatch:
-        """Collate a ``part`` of the pairs in ``rows`` Int64[B]."""
+    def batch(
+        self, rows: np.ndarray, pad_id: int, users: Ints | None = None, answers: Ints | None = None
+    ) -> PairBatch:
+        """Collate pairs of ``rows`` Int64[B]: all, those numbered ``users``, or with other ``answers``."""
+        users = np.arange(len(rows)) if users is None else users
+        answers = users if answers is None else answers
         return PairBatch(
-            collate([self.users[i] for i in rows[part]], pad_id, self.feature_of),
-            collate([self.answers[i] for i in rows[part]], pad_id),
-            *self.identities(rows[part]),
-            torch.arange(len(rows))[part],
+            collate([self.users[i] for i in rows[users]], pad_id, self.feature_of),
+            collate([self.answers[i] for i in rows[answers]], pad_id),
+            self.identities(rows[users])[0],
+            self.identities(rows[answers])[1],
+            torch.from_numpy(users),
+            torch.from_numpy(answers),
         )
 
 
 class Chunk:
-    """A micro-batch: rows ``part`` of a global batch Int64[B]; ``load`` collates them when they are read.
+    """A micro-batch: ``users`` and ``answers`` Int64[m] of a global batch; ``load`` collates them when read.
 
     Where the micro-batch is all there is (``keep``), they are collated once; else memory holds one at a time.
     """
 
-    def __init__(self, number: int, part: slice, load: Callable[[slice], PairBatch], keep: bool) -> None:
-        self.number, self.part = number, part
+    def __init__(
+        self, number: int, users: Ints, answers: Ints, load: Callable[[Ints, Ints], PairBatch], keep: bool
+    ) -> None:
+        self.number, self.users, self.answers = number, users, answers
         self._load, self._keep = load, keep
         self._pairs: PairBatch | None = None
 
     @property
     def pairs(self) -> PairBatch:
-        """The pairs, collated."""
+        """The sequences, collated."""
         if self._pairs is not None:
             return self._pairs
-        pairs = self._load(self.part)
+        pairs = self._load(self.users, self.answers)
         self._pairs = pairs if self._keep else None
         return pairs
 
 
-def chunks(own: slice, size: int | None, load: Callable[[slice], PairBatch]) -> list[Chunk]:
-    """The rows ``own`` in micro-batches of ``size``, or in one."""
-    parts = split(own, size)
-    return [Chunk(number, part, load, keep=len(parts) == 1) for number, part in enumerate(parts)]
+def chunks(
+    own: slice,
+    size: int | None,
+    lengths: Callable[[Ints], tuple[Ints, Ints]],
+    load: Callable[[Ints, Ints], PairBatch],
+) -> list[Chunk]:
+    """The rows ``own`` in micro-batches of ``size``, or in one.
+
+    Several are cut from each tower's rows in the order of their length, so that they pad little: until the
+    loss, which has all embeddings, nothing asks which answer is whose. ``lengths``: tokens of both towers.
+    """
+    rows = np.arange(own.start, own.stop)
+    parts = split(slice(0, len(rows)), size)
+    orders = (rows, rows) if len(parts) == 1 else [rows[np.argsort(n, kind="stable")] for n in lengths(rows)]
+    cut = [(orders[0][part], orders[1][part]) for part in parts]
+    return [Chunk(number, *part, load, keep=len(parts) == 1) for number, part in enumerate(cut)]
 
 
 def split(rows: slice, size: int | None) -> list[slice]:

@@ -101,6 +101,11 @@ class Shard:
             int(dropped[0]),
         )
 
+    def length(self, row: int) -> int:
+        """Tokens of a sequence."""
+        start = self.arrays["token_start"]
+        return int(start[row + 1] - start[row])
+
     def _checksum(self, parts: Iterable[np.ndarray]) -> int:
         value = self._texts_checksum
         for part in parts:
@@ -127,12 +132,21 @@ class Sequences:
         return int(self._first[-1])
 
     def __getitem__(self, row: int) -> Encoded:
-        number = int(np.searchsorted(self._first, row, side="right")) - 1
-        return self._shards[number][int(row - self._first[number])]
+        number, place = self._place(row)
+        return self._shards[number][place]
 
     def lengths(self) -> np.ndarray:
         """Int64[n]: tokens of each sequence."""
         return np.concatenate([np.diff(shard.arrays["token_start"]) for shard in self._shards])
+
+    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
+        """Int64[m]: tokens of the sequences ``rows`` Int64[m], without a look at any other."""
+        return np.array([self._shards[number].length(row) for number, row in map(self._place, rows)])
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """The shard of a row, and its number there."""
+        number = int(np.searchsorted(self._first, row, side="right")) - 1
+        return number, int(row - self._first[number])
 
     @property
     def dropped(self) -> int:

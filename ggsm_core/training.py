@@ -96,11 +96,11 @@ class Towers(nn.Module):
         answer_weights = (
             None if level is None else level * torch.ones_like(pairs.answer.valid, dtype=level.dtype)
         )
-        with self._dropout(step, 0, pairs):
+        with self._dropout(step, 0, pairs.user_rows):
             user = self.encoder(
                 pairs.user, tower="user", step=step, weights=weights, site=site, causal=causal
             )
-        with self._dropout(step, 1, pairs):
+        with self._dropout(step, 1, pairs.answer_rows):
             answer = self.encoder(
                 pairs.answer, tower="answer", step=step, weights=answer_weights, causal=causal
             )
@@ -108,11 +108,11 @@ class Towers(nn.Module):
 
     def attention(self, pairs: PairBatch, step: int) -> Tensor:
         """Float[., L]: what the user's read-out attends to, where guidance takes attention for its source."""
-        with self._dropout(step, 0, pairs):
+        with self._dropout(step, 0, pairs.user_rows):
             return self.encoder.attention_of_read_out(pairs.user)
 
-    def _dropout(self, step: int, tower: int, pairs: PairBatch) -> AbstractContextManager[None]:
-        return dropout.by_row(self.seed, step, tower, pairs.rows) if self.drops else nullcontext()
+    def _dropout(self, step: int, tower: int, rows: Tensor) -> AbstractContextManager[None]:
+        return dropout.by_row(self.seed, step, tower, rows) if self.drops else nullcontext()
 
 
 @dataclass
@@ -188,7 +188,7 @@ class Trainer:
             return self.towers(chunk.pairs, step, guide.weights[chunk.number], guide.level, site, False)
 
         passes = gradcache.TwoPasses(encode, parts)
-        gradients, metrics = self._objective(*passes.first(), step)
+        gradients, metrics = self._objective(*self._in_order(parts, passes.first()), step)
         self.optimizer.zero_grad()
         norms: list[Tensor] = []
         seen: list[tuple[float, ...]] = []
@@ -199,7 +199,7 @@ class Trainer:
                     assert user.site is not None
                     user.site.retain_grad()
                 loss = gradcache.surrogate((user, answer), self._of(chunk, gradients))
-                loss = loss + self._beside(chunk.pairs)
+                loss = loss + self._beside(chunk, step)
                 # DDP averages over processes; each goes backwards from its own rows of the whole loss.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             if learner:
@@ -218,10 +218,19 @@ class Trainer:
         """This process's rows of batch ``step``, in micro-batches."""
         rows = self.pairs.rows(step)
 
-        def load(part: slice) -> PairBatch:
-            return self.pairs.batch(rows, self.encoder.ids["<pad>"], part).to(self.accelerator.device)
+        def lengths(own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return self.pairs.users.lengths_of(rows[own]), self.pairs.answers.lengths_of(rows[own])
 
-        return chunks(self.shares.own, self.params.training.micro_batch, load)
+        def load(users: np.ndarray, answers: np.ndarray) -> PairBatch:
+            pairs = self.pairs.batch(rows, self.encoder.ids["<pad>"], users, answers)
+            return pairs.to(self.accelerator.device)
+
+        return chunks(self.shares.own, self.params.training.micro_batch, lengths, load)
+
+    def _in_order(self, parts: list[Chunk], towers: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Both towers' embeddings Float[b, d] from the order of the micro-batches to that of the pairs."""
+        users, answers = (np.concatenate([getattr(c, name) for c in parts]) for name in ("users", "answers"))
+        return towers[0][np.argsort(users)], towers[1][np.argsort(answers)]
 
     def _objective(
         self, user: Tensor, answer: Tensor, step: int
@@ -300,15 +309,14 @@ class Trainer:
             "peak_memory_mib": telemetry.peak_memory_mib(device),
         }
 
-    def _beside(self, pairs: PairBatch) -> Tensor | float:
-        """A further loss of some pairs, for a trainer that adds one; it isn't part of the logged loss."""
+    def _beside(self, chunk: Chunk, step: int) -> Tensor | float:
+        """A further loss of a micro-batch, for a trainer that adds one; it isn't part of the logged loss."""
         return 0.0
 
     def _of(self, chunk: Chunk, gradients: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The rows Float[., d] of ``chunk`` in this process's Float[b, d]."""
+        """The rows Float[m, d] of ``chunk`` in this process's Float[b, d]."""
         first = self.shares.own.start
-        here = slice(chunk.part.start - first, chunk.part.stop - first)
-        return gradients[0][here], gradients[1][here]
+        return gradients[0][chunk.users - first], gradients[1][chunk.answers - first]
 
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:
         """Gradients are summed over processes once a step, after the last micro-batch."""
@@ -389,7 +397,7 @@ class Trainer:
                 return towers(chunk.pairs, step, None, None, options.grad_site, True)
 
         passes = gradcache.TwoPasses(encode, parts)
-        gradients, _ = self._objective(*passes.first(), step)
+        gradients, _ = self._objective(*self._in_order(parts, passes.first()), step)
 
         def norms_of(chunk: Chunk) -> Tensor:
             # A function of its own: the graph that it leaves behind goes before the next micro-batch comes.
@@ -445,10 +453,10 @@ class Trainer:
 
     def keep_batch(self, folder: Path, reason: str) -> None:
         """Write this process's rows of the batch of the present step, and which samples they are."""
-        rows = self.pairs.rows(self.step)
-        pairs = self.pairs.batch(rows, self.encoder.ids["<pad>"], self.shares.own)
-        samples = self.pairs.samples(rows[self.shares.own])
-        told = {"step": self.step, "reason": reason, "rows": pairs.rows.tolist(), "samples": samples}
+        rows, own = self.pairs.rows(self.step), np.arange(self.shares.own.start, self.shares.own.stop)
+        pairs = self.pairs.batch(rows, self.encoder.ids["<pad>"], own)
+        samples = self.pairs.samples(rows[own])
+        told = {"step": self.step, "reason": reason, "rows": own.tolist(), "samples": samples}
         telemetry.save_batch(folder, {"user": pairs.user, "answer": pairs.answer}, told)
 
 

@@ -240,3 +240,18 @@ def test_micro_batches_cover_the_rows() -> None:
     parts = batches.split(slice(3, 10), 3)
     assert np.concatenate([np.arange(p.start, p.stop) for p in parts]).tolist() == list(range(3, 10))
     assert batches.split(slice(3, 10), None) == [slice(3, 10)]
+
+
+def test_micro_batches_are_cut_in_the_order_of_length() -> None:
+    """Each tower by its own, every row once; one micro-batch stays in the order of the pairs."""
+    tokens = np.array([9, 1, 5, 2, 7]), np.array([1, 2, 3, 4, 5])  # of pairs 3 to 7
+
+    def lengths(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return tokens[0][rows - 3], tokens[1][rows - 3]
+
+    def cut(size: int | None) -> tuple[list[list[int]], list[list[int]]]:
+        parts = batches.chunks(slice(3, 8), size, lengths, NotImplemented)
+        return [part.users.tolist() for part in parts], [part.answers.tolist() for part in parts]
+
+    assert cut(2) == ([[4, 6], [5, 7], [3]], [[3, 4], [5, 6], [7]])
+    assert cut(None) == ([[3, 4, 5, 6, 7]], [[3, 4, 5, 6, 7]])

@@ -26,7 +26,7 @@ from ggsm_core.backbone import positions
 from ggsm_core.baselines.answered import Users
 from ggsm_core.baselines.base import Baseline
 from ggsm_core.baselines.fitting import Fitted, Log
-from ggsm_core.batches import PairBatch, Pairs
+from ggsm_core.batches import Chunk, Pairs
 from ggsm_core.embedding import embed_all
 from ggsm_core.model import UserEncoder
 from ggsm_core.template import Batch
@@ -60,19 +60,10 @@ def answer_loss(encoder: UserEncoder, user: Batch, answer: Batch) -> Tensor:
 class _Trainer(Trainer):
     """The contrastive loop, with the autoregressive loss beside InfoNCE."""
 
-    def _beside(self, pairs: PairBatch) -> Tensor:
-        some = slice(None, None, WRITTEN)
-        return answer_loss(self.encoder, _rows(pairs.user, some), _rows(pairs.answer, some))
-
-
-def _rows(batch: Batch, rows: slice) -> Batch:
-    return Batch(
-        batch.input_ids[rows],
-        batch.valid[rows],
-        batch.segments[rows],
-        None if batch.features is None else batch.features[rows],
-        None if batch.numbers is None else batch.numbers[rows],
-    )
+    def _beside(self, chunk: Chunk, step: int) -> Tensor:
+        rows, some = self.pairs.rows(step), chunk.users[::WRITTEN]
+        pairs = self.pairs.batch(rows, self.encoder.ids["<pad>"], some).to(self.accelerator.device)
+        return answer_loss(self.encoder, pairs.user, pairs.answer)
 
 
 class InstructUe(Baseline[Pairs, Users]):
