@@ -31,7 +31,7 @@ from transformers import Qwen2Config, Qwen2Model
 
 from ggsm_core import batches, recipes, sections, training
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
 LAYERS = 24
 GIVES_BACK = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
