@@ -84,6 +84,7 @@ LOOKS = {
     "found": Look("#FF764A", "H", ":"),
     "instructue": Look("#488F31", "2", ":"),
     "minilm": Look("#665191", "3", ":"),
+    "records": Look("#8C564B", "4", "--"),
 }
 FREE = (
     Look("#0072B2", "o", "-"),

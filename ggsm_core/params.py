@@ -52,6 +52,9 @@ FEATURE_BASELINES = ("rfm", "handmade")
 SEQUENCE_BASELINES = ("cpc", "coles", "msdp", "one4all")
 LANGUAGE_BASELINES = ("found", "instructue")
 TEXT_BASELINES = ("minilm", "qwen3_embedding", "kalm", "nemotron")
+RECORD_BASELINES = ("records",)
+UNSEEDED_BASELINES = (*FEATURE_BASELINES, *TEXT_BASELINES, *RECORD_BASELINES)
+"""Rows that draw nothing: a second seed would be the first again."""
 JOINED = "handmade+"
 """Prefix of a row that has the hand-made features beside another row's embedding: ``handmade+ggsm``."""
 BASELINE_NAMES = (
@@ -60,6 +63,7 @@ BASELINE_NAMES = (
     *SEQUENCE_BASELINES,
     *LANGUAGE_BASELINES,
     *TEXT_BASELINES,
+    *RECORD_BASELINES,
     *(JOINED + row for row in (*RECIPE_NAMES, *SEQUENCE_BASELINES, *LANGUAGE_BASELINES)),
 )
 

@@ -27,8 +27,10 @@ from ggsm_core.params import (
     FEATURE_BASELINES,
     JOINED,
     LANGUAGE_BASELINES,
+    RECORD_BASELINES,
     SEQUENCE_BASELINES,
     TEXT_BASELINES,
+    UNSEEDED_BASELINES,
     Profile,
 )
 from ggsm_core.runs import DamagedRun, Run, Store
@@ -170,9 +172,14 @@ _TABLE = (
         per="peer", baselines=TEXT_BASELINES, seconds=600,
     ),
     Stage(
+        "records", "ggsm_core.baselines.records", ("template", "backbone"), ("windows",),
+        per="peer", baselines=RECORD_BASELINES, seconds=20,
+    ),
+    Stage(
         "probe", "ggsm_core.evaluation", ("data", "evaluation"),
-        ("embed", "sequence", "language", "text", "windows"), per="recipe",
-        baselines=(ORACLE, *SEQUENCE_BASELINES, *LANGUAGE_BASELINES, *TEXT_BASELINES), seconds=25,
+        ("embed", "sequence", "language", "text", "records", "windows"), per="recipe",
+        baselines=(ORACLE, *SEQUENCE_BASELINES, *LANGUAGE_BASELINES, *TEXT_BASELINES, *RECORD_BASELINES),
+        seconds=25,
     ),
     Stage(
         "baseline", "ggsm_core.baselines.features", ("data", "evaluation"), ("windows",),
@@ -234,8 +241,7 @@ class Plan:
             yield from ((name, None) for name in beside)
             return
         for row in [*(self.profile.trained if stage.per == "recipe" else ()), *beside]:
-            # A frozen text encoder draws nothing: a second seed would be the first again.
-            seeds = self.profile.seeds[: 1 if row in TEXT_BASELINES else None]
+            seeds = self.profile.seeds[: 1 if row in UNSEEDED_BASELINES else None]
             yield from ((row, seed) for seed in seeds)
 
     def _checked(self, stage: str, row: str | None, seed: int | None) -> tuple[str | None, int | None]:

@@ -16,7 +16,7 @@ from ggsm_core.evaluation import AUC_COLUMNS
 ROOT = provenance.ROOT
 RESAMPLES = 120
 HOUSEHOLDS = 2000
-UNSEEDED = (*params.FEATURE_BASELINES, *params.TEXT_BASELINES)
+UNSEEDED = params.UNSEEDED_BASELINES
 
 
 def rows_of(name: str, seeds: int = 2) -> dict[str, int]:

@@ -351,11 +351,12 @@ def plan(tmp_path: Path, **more: object) -> Plan:
 
 
 def test_a_row_runs_with_every_seed_that_can_matter(tmp_path: Path) -> None:
-    names = ["rfm", "oracle", "cpc", "found", "minilm", "handmade+ggsm", "handmade+cpc"]
+    names = ["rfm", "oracle", "cpc", "found", "minilm", "records", "handmade+ggsm", "handmade+cpc"]
     labels = {node.label: node for node in plan(tmp_path, seeds=[0, 1], baselines=names).all()}
     for row in ("cpc", "oracle", "found"):
         assert {f"probe-{row}-s0", f"probe-{row}-s1"} <= labels.keys()
-    assert "probe-minilm-s0" in labels and "probe-minilm-s1" not in labels
+    for row in ("minilm", "records"):
+        assert f"probe-{row}-s0" in labels and f"probe-{row}-s1" not in labels
     assert "baseline-rfm" in labels and "baseline-handmade" not in labels
     assert labels["probe-cpc-s1"].inputs.keys() == {"sequence", "windows"}
     assert labels["joined-handmade+ggsm-s1"].inputs["embed"] is labels["embed-ggsm-s1"]
@@ -367,7 +368,7 @@ def test_a_row_runs_with_every_seed_that_can_matter(tmp_path: Path) -> None:
 
 def test_the_probe_is_not_part_of_a_trained_baseline(tmp_path: Path) -> None:
     """What is expensive does not run again when the probe changes, and counts are no part of a sequence."""
-    for stage in ("sequence", "language", "text"):
+    for stage in ("sequence", "language", "text", "records"):
         behind = closure([GRAPH.stages[stage].module], GRAPH.package)
         assert not behind.keys() & {"ggsm_core.evaluation", "ggsm_core.comparison", "ggsm_core.baselines.rfm"}
 

@@ -6,5 +6,6 @@
 | ``sequence`` | cpc, coles, msdp, one4all | visits of the history, as a sequence |
 | ``language`` | found, instructue | records and answers, as our own encoder does |
 | ``text_embeddings`` | minilm, qwen3_embedding, kalm, nemotron | nothing: frozen |
+| ``records`` | records | the records that our encoder is given, as numbers |
 | ``joined`` | handmade+<row> | the hand-made features beside another row's embedding |
 """
