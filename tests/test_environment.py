@@ -65,6 +65,13 @@ def test_what_is_installed_is_what_is_locked() -> None:
     assert not wrong, "run `make install`"
 
 
+def test_the_lock_holds_the_oldest_transformers() -> None:
+    """So that what runs here is one end of the supported range; the workflow's job `newest` is the other."""
+    (wanted,) = [r for r in map(Requirement, PROJECT["dependencies"]) if r.name == "transformers"]
+    (oldest,) = [s.version for s in wanted.specifier if s.operator == ">="]
+    assert lock()["transformers"].release[:2] == Version(oldest).release[:2]
+
+
 def test_versions_agree() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == ggsm_core.__version__
@@ -75,6 +82,9 @@ def test_versions_agree() -> None:
 def test_workflows_call_what_is_there() -> None:
     check = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     assert any(step.get("run") == ".ci/run" for step in check["jobs"]["check"]["steps"])
+    named = [word for step in check["jobs"]["newest"]["steps"] for word in step.get("run", "").split()]
+    tests = [word for word in named if word.startswith("tests/")]
+    assert tests and all((ROOT / name).is_file() for name in tests)
     publish = yaml.safe_load((ROOT / ".github" / "workflows" / "publish.yml").read_text())
     assert any(step.get("run") == "make book" for step in publish["jobs"]["build"]["steps"])
     script = ROOT / ".ci" / "run"
