@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from ggsm_core.data import bulk, windows
@@ -96,7 +97,10 @@ def embed(
             _keep(embedded(log.filter(inside).collect(engine="streaming"), day), part)
         progress(min(start + part_size, len(users)), len(users), "users embedded")
     whole = out.with_name(f".{out.name}.partial")
-    pl.scan_parquet(parts / "*.parquet").sink_parquet(whole)
+    written = sorted(parts.glob("*.parquet"))
+    with pq.ParquetWriter(whole, pq.read_schema(written[0])) as writer:
+        for part in written:  # one at a time: a lazy scan holds many
+            writer.write_table(pq.read_table(part))
     whole.rename(out)
     shutil.rmtree(parts)
 
