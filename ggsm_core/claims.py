@@ -68,7 +68,8 @@ def better(
 ) -> Callable[[Tables], Measured]:
     """Each pair's first row is better than its second on each of ``tasks``: one family.
 
-    The number shown is the smallest difference (the largest, if ``one_is_enough``).
+    Shown is the pair that is least favourable for its uncertainty (most, if ``one_is_enough``), which is the
+    one that decides, with its p after Holm's correction within the family.
     """
 
     def measure(tables: Tables) -> Measured:
@@ -78,12 +79,14 @@ def better(
         table = _family(tables[profile], pairs, tasks)
         if table.is_empty():
             return _nothing(f"no row of it is in results/{profile}")
-        line = table.sort("difference", descending=one_is_enough).row(0, named=True)
+        width = (pl.col("ci_high") - pl.col("ci_low")).clip(lower_bound=1e-12)
+        line = table.sort(pl.col("difference") / width, descending=one_is_enough).row(0, named=True)
         on = "" if line["task"] == MEAN else f" on {line['task']}"
-        which = "largest" if one_is_enough else "smallest"
+        which = "most favourable" if one_is_enough else "least favourable"
         gap = f"{line['row']} − {line['reference']}{on}"
         what = f"{which} of {planned}: {gap}" if planned > 1 else gap
         lacking = planned - len(table)
+        what += f"; p {line['p_holm']:.3f}"
         what += f"; {verdicts.counted(table)}" if planned > 1 else ""
         what += f"; {lacking} without numbers" if lacking else ""
         verdict = verdicts.judge(table, planned, one_is_enough=one_is_enough)
@@ -296,7 +299,7 @@ def gradient_verdict(ablation: Evidence, *, short: bool = False) -> str:
     table = verdicts.gaps(ablation, _over(GRADIENT, CONTROLS))
     verdict = verdicts.judge(table, len(CONTROLS))
     if table.is_empty():
-        return f"**That the gradient matters: {verdict}.** {ablation.told()}"
+        return f"**That the gradient matters: {verdict}.**" + ("" if short else f" {ablation.told()}")
     fewest = table["seeds"].to_list()
     seeds = f"{min(fewest)} training seed{'s' if min(fewest) != 1 else ''}"
     said = [

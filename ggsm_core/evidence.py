@@ -40,6 +40,10 @@ class EvidenceError(ValueError):
     """Published tables that are missing, incomplete or at odds with their provenance."""
 
 
+LISTED = 10
+"""So many missing rows are named, one by one; of more, the first three."""
+
+
 @dataclass(frozen=True)
 class Evidence:
     """The tables of one profile, each with the columns that ``TABLES`` says, and where they come from."""
@@ -79,7 +83,11 @@ class Evidence:
         planned = len(self.profile.seeds)
         if counts and min(counts) < planned:
             said += f" of {planned} planned"
-        return f"{said}; missing: {', '.join(self.absent)}." if self.absent else f"{said}; none is missing."
+        if not self.absent:
+            return f"{said}; none is missing."
+        if len(self.absent) > LISTED:
+            return f"{said}; missing: {len(self.absent)} rows, among them {', '.join(self.absent[:3])}."
+        return f"{said}; missing: {', '.join(self.absent)}."
 
 
 def folder(name: str) -> Path:

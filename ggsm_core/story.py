@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from ggsm_core import batches, comparison, params, recipes, runs, sections, text_encoder, training
 from ggsm_core.data import windows
+from ggsm_core.data.pairs import QUERIES
 from ggsm_core.evaluation import households_of
 from ggsm_core.figures import SEGMENT_COLOURS
 from ggsm_core.model import UserEncoder
@@ -158,22 +159,39 @@ def trained(profile: str, recipe: str) -> UserEncoder:
     return UserEncoder.load(runs.ensure(profile, "contrast", recipe).folder, base=base)
 
 
+def _turns(metrics: pl.DataFrame) -> int:
+    """About a tenth of the steps, in whole turns of the granularities: a batch holds pairs of one alone."""
+    return len(QUERIES) * max(round(len(metrics) / 10 / len(QUERIES)), 1)
+
+
+def ends(metrics: pl.DataFrame, *names: str) -> dict[str, tuple[float, float]]:
+    """Metric -> its means over the first and over the last tenth of the steps.
+
+    One step against another would compare two granularities, whose losses differ more than training does.
+    """
+    count = _turns(metrics)
+    series = {name: metrics[name].to_numpy() for name in names}
+    return {name: (float(s[:count].mean()), float(s[-count:].mean())) for name, s in series.items()}
+
+
 def learned(profile: str, rows: Sequence[str]) -> pl.DataFrame:
     """What contrastive training did, over the last tenth of the steps of each row's first seed.
 
     loss beside chance, the loss log(1 + true negatives) of an encoder that gives all one embedding; positive
-    and negative, the mean cosines of pairs and of all others; apart, their difference. Collapsed is where
-    chance and loss are equal and both cosines 1: the loss has fallen all the same.
+    and negative, the mean cosines of pairs and of all others; apart, their difference, and apart at first,
+    over the first tenth. Collapsed is where chance and loss are equal and both cosines 1: the loss has fallen
+    all the same.
     """
     table = []
     for row in rows:
-        metrics = pl.read_ndjson(runs.ensure(profile, "contrast", row).folder / "metrics.jsonl")
-        last = metrics.tail(max(len(metrics) // 10, 1)).with_columns(
+        metrics = runs.ensure(profile, "contrast", row).metrics()
+        metrics = metrics.with_columns(
             chance=(1 + pl.col("true_negatives")).log(), apart=pl.col("positive") - pl.col("negative")
         )
-        means = last.select("loss", "chance", "positive", "negative", "apart").mean()
-        table.append(means.select(pl.lit(row).alias("row"), pl.all()))
-    return pl.concat(table)
+        found = ends(metrics, "loss", "chance", "positive", "negative", "apart")
+        last = {name: pair[1] for name, pair in found.items()}
+        table.append({"row": row, **last, "apart at first": found["apart"][0]})
+    return pl.DataFrame(table)
 
 
 @torch.inference_mode()

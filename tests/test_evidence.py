@@ -34,7 +34,7 @@ def test_what_was_published_is_read(root: Path) -> None:
     assert study.has("ggsm", "scheduler", "causal") == ["ggsm", "causal"]
     assert "scheduler" in study.absent and "ggsm" not in study.absent
     said = study.told()
-    assert "4 rows" in said and "2 to 3 seeds of 5 planned" in said and "missing: hybrid_segment" in said
+    assert "4 rows" in said and "2 to 3 seeds of 5 planned" in said and "among them hybrid_segment," in said
     assert evidence.find("ablation") is None
     assert evidence.hashes("ablation") == {} and len(evidence.hashes("study")) == 7
 
