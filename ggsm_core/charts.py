@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from numpy.typing import ArrayLike
 
 from ggsm_core.figures import INK, VISIBILITY, canvas, looks, nothing
@@ -121,6 +122,9 @@ def cost(table: pl.DataFrame, *, label: str) -> Figure:
             drawn, size = styles[name], 3.5 + 0.35 * np.sqrt(dimension)
             axis.plot(seconds, auc, drawn.marker, color=drawn.colour, ms=size, mec=INK, mew=0.6, label=name)
         axis.set_xscale("log")
+        decades = np.log10(table["seconds"].to_numpy())
+        axis.set_xlim(10.0 ** np.floor(decades.min()), 10.0 ** np.ceil(decades.max()))  # whole: few labels, apart
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set(xlabel=label, ylabel="mean AUC")
         legend = figure.legend(fontsize=8.5, loc="outside right upper")
         for handle in legend.legend_handles:
