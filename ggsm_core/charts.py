@@ -123,7 +123,7 @@ def cost(table: pl.DataFrame, *, label: str) -> Figure:
             axis.plot(seconds, auc, drawn.marker, color=drawn.colour, ms=size, mec=INK, mew=0.6, label=name)
         axis.set_xscale("log")
         decades = np.log10(table["seconds"].to_numpy())
-        axis.set_xlim(10.0 ** np.floor(decades.min()), 10.0 ** np.ceil(decades.max()))  # whole: few labels, apart
+        axis.set_xlim(10.0 ** np.floor(decades.min()), 10.0 ** np.ceil(decades.max()))  # few labels
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set(xlabel=label, ylabel="mean AUC")
         legend = figure.legend(fontsize=8.5, loc="outside right upper")
