@@ -19,8 +19,8 @@ import polars as pl
 
 from ggsm_core.baselines.base import Baseline, BaselineError
 from ggsm_core.baselines.fitting import learn
-from ggsm_core.data.windows import users as read_users
 from ggsm_core.template import render
+from ggsm_core.tokens import read_users
 
 if TYPE_CHECKING:
     from ggsm_core.evaluation import Floats, Ints, Progress
@@ -88,9 +88,7 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
     def probed() -> tuple[Ints, list[str]]:
         windows = inputs["windows"]
         samples = pl.read_parquet(windows / "samples.parquet").filter(pl.col("split") == "probe")["sample"]
-        wanted = pl.col("sample").is_in(samples.to_list())
-        records = pl.read_parquet(windows / "records.parquet").filter(wanted)
-        found = [(sample, render(user)) for sample, user in read_users(records, params.template)]
-        return np.array([sample for sample, _ in found]), [text for _, text in found]
+        found = read_users(windows, samples, params.template)
+        return np.array(list(found)), [render(user) for user in found.values()]
 
     learn(system, [], probed, out)
