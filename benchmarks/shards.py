@@ -53,8 +53,8 @@ def own_memory() -> float:
 
 def measure(folder: Path, *, planned: bool) -> dict[str, float]:
     """Open, plan and read batches."""
+    from ggsm_core.collation import collate
     from ggsm_core.order import Batches, Index
-    from ggsm_core.template import collate
     from ggsm_core.tokens import Sequences
 
     before, begin = own_memory(), time.perf_counter()

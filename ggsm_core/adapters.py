@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ggsm_core.template import MODALITIES, NUMBERS, RECORD_TOKEN, SEGMENTS, Batch
+from ggsm_core.collation import Batch
+from ggsm_core.template import MODALITIES, NUMBERS, RECORD_TOKEN, SEGMENTS
 
 FILE = "adapters.safetensors"
 

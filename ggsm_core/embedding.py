@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 from safetensors.numpy import save_file
 
+from ggsm_core.collation import collate
 from ggsm_core.model import UserEncoder
-from ggsm_core.template import collate
 from ggsm_core.text_encoder import features
 from ggsm_core.tokens import Progress, Sequences
 from ggsm_core.training import build_encoder

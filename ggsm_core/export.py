@@ -23,18 +23,10 @@ import torch
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from ggsm_core.collation import collate
 from ggsm_core.model import UserEncoder
 from ggsm_core.recipes import View
-from ggsm_core.template import (
-    EOS_TOKEN,
-    SEGMENTS,
-    Record,
-    User,
-    collate,
-    encode_user,
-    render,
-    sanitise,
-)
+from ggsm_core.template import EOS_TOKEN, SEGMENTS, Record, User, encode_user, render, sanitise
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

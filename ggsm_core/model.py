@@ -23,16 +23,10 @@ from ggsm_core import masks, recipes
 from ggsm_core.adapters import Adapters
 from ggsm_core.adapters import EncoderError as EncoderError
 from ggsm_core.backbone import check_mask, positions
+from ggsm_core.collation import Batch, locate
 from ggsm_core.sections import Lora, Template
 from ggsm_core.sharding import spread_like, whole
-from ggsm_core.template import (
-    EOS_TOKEN,
-    RECORD_TOKEN,
-    SPECIAL_TOKENS,
-    USER_TOKEN,
-    Batch,
-    locate,
-)
+from ggsm_core.template import EOS_TOKEN, RECORD_TOKEN, SPECIAL_TOKENS, USER_TOKEN
 
 
 class NotFinite(EncoderError):
@@ -128,7 +122,7 @@ class UserEncoder(nn.Module):
             causal: ignore the recipe and mask as in pre-training (the probe pass of two_pass).
 
         Raises:
-            template.NoToken, template.TwoTokens: a row whose read-out token is not there exactly once.
+            collation.NoToken, collation.TwoTokens: a row whose read-out token is not there exactly once.
             EncoderError: a sequence longer than the recipe was built for.
             NotFinite: an embedding that is NaN or infinite, with the row.
         """

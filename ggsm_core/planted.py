@@ -24,10 +24,11 @@ from transformers import PreTrainedTokenizerFast
 
 from ggsm_core import guidance, recipes
 from ggsm_core.backbone import new_decoder, train_tokenizer
+from ggsm_core.collation import Batch, collate
 from ggsm_core.loss import info_nce
 from ggsm_core.model import UserEncoder
 from ggsm_core.sections import Backbone, Guidance
-from ggsm_core.template import PAD_TOKEN, Batch, Record, User, collate, encode_answer, encode_user
+from ggsm_core.template import PAD_TOKEN, Record, User, encode_answer, encode_user
 
 FEATURES = 32  # F, of the records' vectors
 RECORDS = 12  # a user's

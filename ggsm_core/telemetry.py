@@ -108,7 +108,7 @@ def tracing(rank: int) -> Iterator[Any]:
 def save_batch(folder: Path, tensors: dict[str, Any], description: dict[str, Any]) -> None:
     """Keep a batch for inspection: ``batch.safetensors`` and ``batch.json``.
 
-    ``tensors`` maps a prefix to a dataclass of tensors (``template.Batch``) or a tensor.
+    ``tensors`` maps a prefix to a dataclass of tensors (``collation.Batch``) or a tensor.
     """
     folder.mkdir(parents=True, exist_ok=True)
     flat: dict[str, Tensor] = {}

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from polars.testing import assert_frame_equal
 
-from ggsm_core import embed, model, sections, template
+from ggsm_core import collation, embed, model, sections, template
 from ggsm_core.data import windows
 from ggsm_core.data.events import EPOCH, SCHEMA, EventError, validate
 
@@ -81,7 +81,7 @@ def test_each_user_has_the_embedding_of_its_own_history(tmp_path: Path) -> None:
             assert row["records"] == 0 and row["embedding"] is None
             continue
         encoded = template.encode_user(made[0][1], used.tokenizer, max_tokens=tiny.LONGEST)
-        batch = template.collate([encoded], tiny.pad_id(), tiny.feature_of)
+        batch = collation.collate([encoded], tiny.pad_id(), tiny.feature_of)
         assert row["records"] == len(encoded.records) > 0
         np.testing.assert_allclose(row["embedding"], used.embed(batch)[0].numpy(), atol=1e-5)
     assert out.filter(pl.col("records") == 0)["user"].to_list() == ["u00003"]

@@ -13,7 +13,7 @@ import tiny
 import torch
 from transformers import AutoModel
 
-from ggsm_core import export, model, recipes, sections, template
+from ggsm_core import collation, export, model, recipes, sections, template
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 pytestmark = [
@@ -52,7 +52,7 @@ def texts_and_ours(encoder: model.UserEncoder) -> tuple[list[str], np.ndarray]:
     assert encoded[2].dropped > 0
     answers = ["frozen pizza, 12 times", "it's <b>bold</b>"]
     embedded = [
-        encoder.embed(template.collate(encoded, tiny.pad_id())),
+        encoder.embed(collation.collate(encoded, tiny.pad_id())),
         encoder.embed(tiny.answers(answers), "answer"),
     ]
     texts = [

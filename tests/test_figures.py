@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from ggsm_core import batches, charts, figures, story
+from ggsm_core import batches, charts, figures, story, workbench
 from ggsm_core.data import privacy
 from ggsm_core.loss import info_nce_rows
 from ggsm_core.params import RECIPE_NAMES
@@ -139,7 +139,7 @@ def test_cells_are_those_that_the_loss_counts(batch: int, seed: int, margin: flo
         for _ in range(2)
     )
     ids = {name: torch.randint(0, batch, (batch,), generator=draw) for name in ("answer_ids", "user_ids")}
-    cells = story.negatives(user, answer, margin=margin, **ids)
+    cells = workbench.negatives(user, answer, margin=margin, **ids)
     _, counted = info_nce_rows(user, answer, margin=margin, **ids)
     assert sum(int((cell == 0).sum()) for cell in cells) / batch == pytest.approx(counted.kept)
     shares = (counted.masked_user_answer, counted.masked_user_user, counted.masked_answer_answer)
@@ -157,7 +157,7 @@ def test_attention_is_what_the_mask_allows(lora: Lora | None) -> None:
     for name, open_ in (("causal", False), ("bidirectional", True)):
         encoder = tiny.encoder(name, layers=2, lora=lora)
         before = encoder.embed(batch)
-        found = story.attention(encoder, batch)
+        found = workbench.attention(encoder, batch)
         assert found.shape == (2, length, length)
         assert found.sum(2) == pytest.approx(1, abs=1e-5)
         assert bool((found[:, 0, 1:] > 0).all()) == open_
@@ -169,7 +169,7 @@ def test_attention_is_what_the_mask_allows(lora: Lora | None) -> None:
 def test_words_are_what_a_reader_would_call_the_tokens(mode: Literal["adapter", "text"]) -> None:
     user = tiny.user(4)
     sequence = encode_user(user, tiny.tokenizer(), tiny.QUERY, modality_input=mode, max_tokens=999)
-    words = story.words(sequence, tiny.tokenizer())
+    words = workbench.words(sequence, tiny.tokenizer())
     assert len(words) == len(sequence.input_ids)
     assert (words[0], words[-1]) == ("<bill>", "<USER>") and "<record>" not in words
     texts = [record.text for records in user.records.values() for record in records]
@@ -212,7 +212,7 @@ def test_a_batch_led_by_the_example(tmp_path: Path) -> None:
     pairs = batches.Pairs(inputs["tokens"], inputs["texts"], 6, seed=0)
     plain = pairs.rows(0)
     for sample in range(12):
-        rows = story.led_by(story.Example("u", sample, 0, "household u"), pairs, inputs)
+        rows = workbench.led_by(story.Example("u", sample, 0, "household u"), pairs, inputs)
         samples = pairs.samples(rows)
         assert len(rows) == 6 and samples[0] == sample and samples.count(sample) == 1
         assert rows[1:].tolist() == [row for row in plain if pairs.samples(np.array([row])) != [sample]][:5]

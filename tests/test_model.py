@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ggsm_core import backbone, guidance, loss, masks, model, recipes, sections, template
+from ggsm_core import backbone, collation, guidance, loss, masks, model, recipes, sections, template
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -32,7 +32,7 @@ def build(row: str, architecture: str = "qwen2", **more: Any) -> model.UserEncod
     return tiny.encoder(name, architecture, **({"features": tiny.FEATURES} | more), **options)
 
 
-def guided_weights(encoder: model.UserEncoder, batch: template.Batch, step: int | None) -> Tensor | None:
+def guided_weights(encoder: model.UserEncoder, batch: collation.Batch, step: int | None) -> Tensor | None:
     """What the trainer would hand over: here with some weights of exactly 0."""
     if encoder.recipe.name not in tiny.GUIDED or step is None:
         return None
@@ -43,10 +43,10 @@ def guided_weights(encoder: model.UserEncoder, batch: template.Batch, step: int 
 # Who sees whom ----------------------------------------------------------------------------------------------
 
 
-def repeat(batch: template.Batch, times: int) -> template.Batch:
+def repeat(batch: collation.Batch, times: int) -> collation.Batch:
     """The same rows ``times`` times over."""
     tensors = (batch.input_ids, batch.valid, batch.segments, batch.features, batch.numbers)
-    return template.Batch(*(None if t is None else t.repeat(times, *[1] * (t.ndim - 1)) for t in tensors))  # type: ignore[arg-type]
+    return collation.Batch(*(None if t is None else t.repeat(times, *[1] * (t.ndim - 1)) for t in tensors))  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def entering(encoder: model.UserEncoder, hidden: Tensor) -> Iterator[None]:
 
 def who_notices(
     encoder: model.UserEncoder,
-    batch: template.Batch,
+    batch: collation.Batch,
     step: int | None,
     tower: recipes.Tower,
     site: str = "final",
@@ -109,7 +109,7 @@ def who_should(output: model.Output, layers: int) -> Tensor:
 
 
 def check_visibility(
-    encoder: model.UserEncoder, batch: template.Batch, tower: recipes.Tower, layers: int
+    encoder: model.UserEncoder, batch: collation.Batch, tower: recipes.Tower, layers: int
 ) -> None:
     """The comparison, at every stage of training and at inference."""
     with torch.no_grad():
@@ -200,7 +200,7 @@ def test_a_wrong_mask_of_the_answers_is_noticed(
 
 
 def attention_of(
-    encoder: model.UserEncoder, batch: template.Batch, step: int | None
+    encoder: model.UserEncoder, batch: collation.Batch, step: int | None
 ) -> tuple[Tensor, Tensor]:
     """Float[B, H, L, L]: attention of the first block, as the decoder reports it; and the visibility."""
     seen: list[Tensor] = []
@@ -282,7 +282,7 @@ def test_the_mask_check_leaves_the_decoder_as_it_was() -> None:
 # An embedding does not depend on its batch ------------------------------------------------------------------
 
 
-def padded(batch: template.Batch, count: int, side: str) -> template.Batch:
+def padded(batch: collation.Batch, count: int, side: str) -> collation.Batch:
     """``count`` more padding tokens on one side, holding what must not matter."""
     at = (count, 0) if side == "left" else (0, count)
 
@@ -291,7 +291,7 @@ def padded(batch: template.Batch, count: int, side: str) -> template.Batch:
             return None
         return torch.nn.functional.pad(tensor, (*[0] * (2 * (tensor.ndim - 2)), *at), value=value)
 
-    return template.Batch(
+    return collation.Batch(
         pad(batch.input_ids, 7),  # type: ignore[arg-type]
         pad(batch.valid, False),  # type: ignore[arg-type]
         pad(batch.segments, 1),  # type: ignore[arg-type]
@@ -303,7 +303,7 @@ def padded(batch: template.Batch, count: int, side: str) -> template.Batch:
 SIZES = (3, 1, 6, 2)
 
 
-def check_alone(embed: Callable[[template.Batch], Tensor], tolerance: float) -> float:
+def check_alone(embed: Callable[[collation.Batch], Tensor], tolerance: float) -> float:
     """The same users alone, together, otherwise padded: the largest difference of a coordinate."""
     alone = torch.cat([embed(tiny.users([n])) for n in SIZES]).float()
     drift = 0.0
@@ -336,7 +336,7 @@ def test_in_bf16_an_embedding_drifts_little(row: str) -> None:
     """bf16 has 8 bits: a batch may move a coordinate by a few of its steps, never by more."""
     encoder = build(row, layers=3)
 
-    def embed(batch: template.Batch) -> Tensor:
+    def embed(batch: collation.Batch) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return encoder.embed(batch)
 
@@ -459,10 +459,10 @@ def test_a_sequence_without_or_with_two_read_out_tokens_is_refused() -> None:
     encoder, batch = build("causal"), tiny.users([2, 4])
     last = batch.input_ids == encoder.ids["<USER>"]
     batch.input_ids[last] = encoder.ids["<bill>"]
-    with pytest.raises(template.NoToken, match="<USER>"):
+    with pytest.raises(collation.NoToken, match="<USER>"):
         encoder(batch)
     batch.input_ids[:, :2] = encoder.ids["<USER>"]
-    with pytest.raises(template.TwoTokens, match="<USER>"):
+    with pytest.raises(collation.TwoTokens, match="<USER>"):
         encoder(batch)
 
 
@@ -491,7 +491,7 @@ def test_a_tokenizer_without_the_tags_is_refused() -> None:
 def test_a_sequence_longer_than_the_recipe_knows_is_refused(row: str) -> None:
     """A span built for 64 tokens would cut the view of the 65th in silence."""
     long = template.encode_user(tiny.user(60), tiny.tokenizer(), max_tokens=tiny.LONGEST + 20)
-    batch = template.collate([long], tiny.pad_id(), tiny.feature_of)
+    batch = collation.collate([long], tiny.pad_id(), tiny.feature_of)
     with pytest.raises(model.EncoderError, match=rf"{len(long.input_ids)} tokens.*{tiny.LONGEST}"):
         build(row).embed(batch)
     build(row).embed(padded(tiny.users([2]), 90, "left"))  # padding does not count
@@ -651,10 +651,10 @@ def smollm2(smollm2_folder: Path) -> Iterator[Callable[..., model.UserEncoder]]:
     yield build
 
 
-def smollm2_users(encoder: model.UserEncoder, side: str) -> template.Batch:
+def smollm2_users(encoder: model.UserEncoder, side: str) -> collation.Batch:
     """Two users."""
     rows = [template.encode_user(tiny.user(n), encoder.tokenizer, max_tokens=96) for n in (4, 2)]
-    return template.collate(rows, encoder.ids["<pad>"], tiny.feature_of, side)  # type: ignore[arg-type]
+    return collation.collate(rows, encoder.ids["<pad>"], tiny.feature_of, side)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -678,5 +678,5 @@ def test_smollm2_sees_what_it_may_and_no_batch(smollm2: Callable[..., model.User
     right = encoder.embed(smollm2_users(encoder, "right"))
     torch.testing.assert_close(encoder.embed(batch), right, rtol=0, atol=1e-5)
     row = template.encode_user(tiny.user(2), encoder.tokenizer, max_tokens=96)
-    alone = encoder.embed(template.collate([row], encoder.ids["<pad>"], tiny.feature_of))
+    alone = encoder.embed(collation.collate([row], encoder.ids["<pad>"], tiny.feature_of))
     torch.testing.assert_close(alone, right[1:], rtol=0, atol=1e-5)

@@ -15,7 +15,8 @@ from browser import browser as browser
 from browser import needs_browser, serious
 
 from ggsm_core import guidance, masks, player, recipes, sections
-from ggsm_core.template import SEGMENTS, Batch
+from ggsm_core.collation import Batch
+from ggsm_core.template import SEGMENTS
 
 L, TOTAL, WARM = 9, 12, 4
 WORDS = ["<bill>", "milk & <b>bread</b>", "x", "</bill>", "<app>", "</app>", "what", "next", "<USER>"]

@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 
-from ggsm_core import backbone, model, recipes, sections, template
+from ggsm_core import backbone, collation, model, recipes, sections, template
 
 HISTORY = {
     "app": ["visit to a store on a weekend evening"],
@@ -64,7 +64,7 @@ def test_the_embedding_is_eq_11_to_14(encoder: model.UserEncoder, tower: str, si
             template.encode_answer(text, encoder.tokenizer, max_tokens=32)
             for text in ("frozen pizza", "frozen pizza and soft drinks at the weekend")
         ]
-    batch = template.collate(rows, encoder.ids["<pad>"], None, side=side)  # type: ignore[arg-type]
+    batch = collation.collate(rows, encoder.ids["<pad>"], None, side=side)  # type: ignore[arg-type]
     marker = encoder.ids["<USER>" if tower == "user" else "<EOS>"]
     with torch.no_grad():
         output = encoder(batch, tower=tower, site="final")  # type: ignore[arg-type]

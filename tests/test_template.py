@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ggsm_core import collation
 from ggsm_core import template as t
 
 Mode = Literal["adapter", "text"]
@@ -208,7 +209,7 @@ def test_collate_puts_vectors_and_numbers_into_slots(side: str) -> None:
     encoded = [t.encode_user(user, TOKENIZER, max_tokens=96) for user in users]
     texts = ["milk", "soft drinks (grocery)", "visit"]
     vectors = {text: np.full(3, i + 1, np.float32) for i, text in enumerate(texts)}
-    batch = t.collate(encoded, 0, vectors.__getitem__, side)
+    batch = collation.collate(encoded, 0, vectors.__getitem__, side)
     record = TOKENIZER.convert_tokens_to_ids("<record>")
     assert batch.features is not None and batch.numbers is not None
     assert torch.equal(batch.features.abs().sum(-1) > 0, batch.input_ids == record)
@@ -218,7 +219,7 @@ def test_collate_puts_vectors_and_numbers_into_slots(side: str) -> None:
     padding = ~batch.valid[0]
     assert padding.any() and bool(padding[-1 if side == "right" else 0])
     user_id = TOKENIZER.convert_tokens_to_ids("<USER>")
-    assert (batch.input_ids[torch.arange(2), t.locate(batch.input_ids, user_id)] == user_id).all()
+    assert (batch.input_ids[torch.arange(2), collation.locate(batch.input_ids, user_id)] == user_id).all()
 
 
 def test_errors_say_what_is_wrong() -> None:
@@ -232,13 +233,13 @@ def test_errors_say_what_is_wrong() -> None:
         t.User({"bills": [SODA]})
     with pytest.raises(t.TemplateError, match="no words"):
         t.encode_answer("\u202e\x00 ", TOKENIZER, max_tokens=8)
-    with pytest.raises(t.NoToken, match=r"rows \[1\]"):
-        t.locate(torch.tensor([[7, 1], [1, 1]]), 7)
-    with pytest.raises(t.TwoTokens, match=r"rows \[0\]"):
-        t.locate(torch.tensor([[7, 7], [1, 7]]), 7)
+    with pytest.raises(collation.NoToken, match=r"rows \[1\]"):
+        collation.locate(torch.tensor([[7, 1], [1, 1]]), 7)
+    with pytest.raises(collation.TwoTokens, match=r"rows \[0\]"):
+        collation.locate(torch.tensor([[7, 7], [1, 7]]), 7)
     bad = t.encode_user(t.User({"bill": [t.Record("x", (float("nan"),) * 6)]}), TOKENIZER, max_tokens=96)
     with pytest.raises(t.TemplateError, match="not finite"):
-        t.collate([bad], 0, lambda text: np.ones(2, np.float32))
+        collation.collate([bad], 0, lambda text: np.ones(2, np.float32))
 
 
 def test_simulated_records_say_so() -> None:

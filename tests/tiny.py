@@ -23,7 +23,7 @@ from transformers import (
     Qwen3Model,
 )
 
-from ggsm_core import backbone, model, order, recipes, sections, template, tokens
+from ggsm_core import backbone, collation, model, order, recipes, sections, template, tokens
 
 ARCHITECTURES = {
     "qwen2": (Qwen2Config, Qwen2Model),
@@ -126,19 +126,19 @@ def users(
     *,
     adapter: bool = True,
     query: str | None = None,
-) -> template.Batch:
+) -> collation.Batch:
     """A batch of users with so many records each, every record one slot (or text)."""
     mode: Literal["adapter", "text"] = "adapter" if adapter else "text"
     rows = [
         template.encode_user(user(n, seed=n), tokenizer(), query, modality_input=mode, max_tokens=LONGEST)
         for n in sizes
     ]
-    return template.collate(rows, pad_id(), feature_of if adapter else None, side)
+    return collation.collate(rows, pad_id(), feature_of if adapter else None, side)
 
 
-def answers(texts: Sequence[str], side: Literal["left", "right"] = "right") -> template.Batch:
+def answers(texts: Sequence[str], side: Literal["left", "right"] = "right") -> collation.Batch:
     """A batch of answers."""
-    return template.collate(
+    return collation.collate(
         [template.encode_answer(text, tokenizer(), max_tokens=32) for text in texts], pad_id(), None, side
     )
 

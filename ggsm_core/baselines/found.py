@@ -26,8 +26,9 @@ from ggsm_core.baselines.answered import Answered, Users
 from ggsm_core.baselines.base import Baseline, BaselineError
 from ggsm_core.baselines.fitting import Log, Loss, fit, in_batches
 from ggsm_core.baselines.visits import transformer
+from ggsm_core.collation import Batch, collate
 from ggsm_core.loss import info_nce
-from ggsm_core.template import MODALITIES, RECORD_TOKEN, SEGMENTS, Batch, Encoded, collate
+from ggsm_core.template import MODALITIES, RECORD_TOKEN, SEGMENTS, Encoded
 
 if TYPE_CHECKING:
     from ggsm_core.evaluation import Floats, Ints

@@ -27,9 +27,9 @@ from ggsm_core.baselines.answered import Users
 from ggsm_core.baselines.base import Baseline
 from ggsm_core.baselines.fitting import Fitted, Log
 from ggsm_core.batches import Chunk, Pairs
+from ggsm_core.collation import Batch
 from ggsm_core.embedding import embed_all
 from ggsm_core.model import UserEncoder
-from ggsm_core.template import Batch
 from ggsm_core.training import Trainer, build_encoder
 
 if TYPE_CHECKING:

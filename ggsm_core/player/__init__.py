@@ -30,9 +30,10 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from ggsm_core import figures, guidance
+from ggsm_core.collation import Batch
 from ggsm_core.recipes import Guided, Recipe, View
 from ggsm_core.story import Page
-from ggsm_core.template import SEGMENTS, Batch
+from ggsm_core.template import SEGMENTS
 
 FRAMES = 41
 BEFORE, AFTER = -2, -1
@@ -136,8 +137,8 @@ def _logged(recipe: Guided, row: Mapping[str, list[float]], batch: Batch, step: 
 def show(films: Mapping[str, Film], words: Sequence[str], *, caption: str) -> Page:
     """The player: a slider over steps, and for each name its mask [L, L], its tokens' weights and its loss.
 
-    ``words`` are the L tokens as a reader should see them (``story.words``); ``caption`` says whose sequence
-    it is. Films of one run length share the slider.
+    ``words`` are the L tokens as a reader should see them (``workbench.words``); ``caption`` says whose
+    sequence it is. Films of one run length share the slider.
 
     Raises ``PlayerError`` for films of another length, or another number of words.
     """
