@@ -29,7 +29,7 @@ import tiny
 import torch
 from transformers import Qwen2Config, Qwen2Model
 
-from ggsm_core import batches, recipes, sections, training
+from ggsm_core import batches, recipes, sections, towers, training
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
 LAYERS = 24
@@ -66,7 +66,7 @@ def measure(batch: int, micro_batch: int | None, recipe: str) -> dict[str, float
         )
         pairs = batches.Pairs(inputs["tokens"], inputs["texts"], 12, 0)
         pairs.rows = lambda step: np.arange(batch) % 24  # type: ignore[method-assign]
-        trainer = training.Trainer(training.build_encoder(given, inputs), pairs, given)
+        trainer = training.Trainer(towers.build_encoder(given, inputs), pairs, given)
     for parameter in trainer.encoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
     trainer.optimizer.step()

@@ -28,7 +28,7 @@ import report
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
-from ggsm_core import checkpoints, export, order, params, runs, telemetry, template, tokens, training
+from ggsm_core import checkpoints, export, order, params, runs, telemetry, template, tokens, towers, training
 
 PROFILE = "params/quick.yaml"
 WORK = {  # batch, micro-batch (0: none), steps of each of two epochs
@@ -115,7 +115,7 @@ def ours(folder: Path, batch: int, micro_batch: int, steps: int) -> dict[str, fl
     made_up(folder, batch * steps)
     given = settings(batch, micro_batch, steps)
     pairs = training.Pairs(folder, folder, batch, given.seed)
-    trainer = training.Trainer(training.build_encoder(given, inputs_in(folder)), pairs, given)
+    trainer = training.Trainer(towers.build_encoder(given, inputs_in(folder)), pairs, given)
     log, clock = telemetry.Log(folder, 0), Clock()
     for _ in range(2 * steps):
         log.write(trainer.train_step())
@@ -138,7 +138,7 @@ def theirs(folder: Path, batch: int, micro_batch: int, steps: int) -> dict[str, 
 
     texts = made_up(folder, batch * steps)
     given = settings(batch, micro_batch, steps)
-    training.build_encoder(given, inputs_in(folder)).save(folder / "saved")
+    towers.build_encoder(given, inputs_in(folder)).save(folder / "saved")
     export.export(folder / "saved", folder / "exported")
     model = SentenceTransformer(str(folder / "exported"), device="cpu")
     kind = losses.CachedMultipleNegativesRankingLoss if micro_batch else losses.MultipleNegativesRankingLoss

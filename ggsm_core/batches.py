@@ -25,6 +25,7 @@ from ggsm_core.tokens import Sequences
 
 Ints = np.ndarray
 
+
 @dataclass(frozen=True)
 class PairBatch:
     """Sequences of both towers; their ids and the numbers of their pairs in the global batch, Long[.].

@@ -13,7 +13,7 @@ from ggsm_core.collation import collate
 from ggsm_core.model import UserEncoder
 from ggsm_core.text_encoder import features
 from ggsm_core.tokens import Progress, Sequences
-from ggsm_core.training import build_encoder
+from ggsm_core.towers import build_encoder
 
 
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:

@@ -115,11 +115,7 @@ def _text_loss(
     pairs: pl.DataFrame,
 ) -> Tensor:
     """Every next token of histories and answers as plain tokens."""
-    rows = [
-        _document(users[sample], query, answer, tokenizer, "text", room)
-        for sample, query, answer in pairs.rows()
-    ]
-    batch = collate(rows, tokenizer.pad_token_id)
+    batch = collate(_documents(users, pairs, tokenizer, "text", room), tokenizer.pad_token_id)
     # Nothing is predicted after <EOS>: one same target would make the state read there a constant.
     targets = batch.input_ids.masked_fill(~batch.valid, IGNORED)
     return model(input_ids=batch.input_ids, attention_mask=batch.valid, labels=targets).loss
@@ -135,9 +131,7 @@ def _record_loss(
     pairs: pl.DataFrame,
 ) -> Tensor:
     """The answers' tokens, after histories whose records are soft tokens."""
-    rows = [
-        _document(users[i], query, answer, tokenizer, "adapter", room) for i, query, answer in pairs.rows()
-    ]
+    rows = _documents(users, pairs, tokenizer, "adapter", room)
     batch = collate(rows, tokenizer.pad_token_id, feature_of)
     record, user = (tokenizer.get_added_vocab()[token] for token in (RECORD_TOKEN, USER_TOKEN))
     embedded = adapters.insert(model.get_input_embeddings()(batch.input_ids), batch, record)
@@ -145,6 +139,19 @@ def _record_loss(
     answered = ((ids == user).cumsum(1) > 0) & (ids != user) & batch.valid
     targets = ids.masked_fill(~answered, IGNORED)
     return model(inputs_embeds=embedded, attention_mask=batch.valid, labels=targets).loss
+
+
+def _documents(
+    users: Mapping[int, User],
+    pairs: pl.DataFrame,
+    tokenizer: PreTrainedTokenizerFast,
+    mode: Literal["adapter", "text"],
+    room: int,
+) -> list[Encoded]:
+    return [
+        _document(users[sample], query, answer, tokenizer, mode, room)
+        for sample, query, answer in pairs.rows()
+    ]
 
 
 def _document(

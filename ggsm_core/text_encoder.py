@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
@@ -100,4 +101,5 @@ def features(texts: Path) -> Callable[[str], np.ndarray]:
 
 def feature_size(texts: Path) -> int:
     """F."""
-    return int(load_file(texts / "texts.safetensors")["features"].shape[1])
+    with safe_open(texts / "texts.safetensors", framework="numpy") as file:
+        return int(file.get_slice("features").get_shape()[1])

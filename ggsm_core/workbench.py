@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from ggsm_core import batches, params, recipes, runs, story, text_encoder, training
+from ggsm_core import batches, params, recipes, runs, story, text_encoder, towers
 from ggsm_core.collation import Batch, collate
 from ggsm_core.model import UserEncoder
 from ggsm_core.template import Encoded, User, encode_user
@@ -71,7 +71,7 @@ def untrained(profile: str, recipe: str, **options: Any) -> UserEncoder:
     kind = recipes.RECIPES[recipe].section
     chosen = kind.model_validate((given.model_dump() if given is not None else {}) | options)
     wanted = SimpleNamespace(**dict(loaded), recipe=recipe, options=chosen, seed=loaded.seeds[0])
-    return training.build_encoder(wanted, story.shared(profile))
+    return towers.build_encoder(wanted, story.shared(profile))
 
 
 def trained(profile: str, recipe: str) -> UserEncoder:

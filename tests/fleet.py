@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ggsm_core import batches, recipes, sections, training
+from ggsm_core import batches, recipes, sections, towers, training
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fleet"])
@@ -58,7 +58,7 @@ def corpus(folder: Path) -> dict[str, Path]:
 def trainer(inputs: dict[str, Path], given: SimpleNamespace, dtype: torch.dtype) -> training.Trainer:
     """Before its first step, in ``dtype``."""
     pairs = batches.Pairs(inputs["tokens"], inputs["texts"], given.training.batch_size, given.seed)
-    return training.Trainer(training.build_encoder(given, inputs).to(dtype), pairs, given)
+    return training.Trainer(towers.build_encoder(given, inputs).to(dtype), pairs, given)
 
 
 def gradients_and_weights(

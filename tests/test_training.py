@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from strategies import properties
 from torch import Tensor
 
-from ggsm_core import checkpoints, loss, model, params, recipes, sections, training
+from ggsm_core import checkpoints, loss, model, params, recipes, sections, towers, training
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -70,7 +70,7 @@ def settings(recipe: str = "ggsm", *, lora: bool = False, seed: int = 0, **more:
 def trainer(corpus: dict[str, Path], params: SimpleNamespace) -> training.Trainer:
     """A trainer before its first step."""
     pairs = training.Pairs(corpus["tokens"], corpus["texts"], params.training.batch_size, params.seed)
-    return training.Trainer(training.build_encoder(params, corpus), pairs, params)
+    return training.Trainer(towers.build_encoder(params, corpus), pairs, params)
 
 
 def steps(of: training.Trainer, count: int) -> list[dict[str, Any]]:

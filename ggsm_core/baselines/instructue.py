@@ -30,7 +30,8 @@ from ggsm_core.batches import Chunk, Pairs
 from ggsm_core.collation import Batch
 from ggsm_core.embedding import embed_all
 from ggsm_core.model import UserEncoder
-from ggsm_core.training import Trainer, build_encoder
+from ggsm_core.towers import build_encoder
+from ggsm_core.training import Trainer
 
 if TYPE_CHECKING:
     from ggsm_core.evaluation import Floats
