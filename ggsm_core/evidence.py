@@ -5,7 +5,7 @@
     study.rows          # mean over seeds of each row on each task, domain and the mean, with its interval
 
 A page that declares ``"results": ["study"]`` in its metadata shows these tables and needs no run. They are
-published by ``python -m ggsm_core.study``; no other hand may change them, and ``load`` notices it.
+published by ``.venv/bin/python -m ggsm_core.study``; no other hand may change them, and ``load`` notices it.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def load(name: str) -> Evidence:
 
 
 def _mend(name: str) -> str:
-    return f"publish it again: `python -m ggsm_core.study --profiles {name}`"
+    return f"publish it again: `.venv/bin/python -m ggsm_core.study --profiles {name}`"
 
 
 def _provenance(name: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Every command that a reader is shown is executed by a test, or says what it needs that a test has not.
 
-``HOW`` is the whole list: a command that no row matches fails, and so does a row that matches none.
+``HOW`` is the whole list: a command that no row matches fails, and so does a row that matches none. So a bare
+``python`` fails: a reader who has activated nothing would run another one.
 """
 
 from __future__ import annotations
@@ -104,14 +105,16 @@ HOW: dict[str, Callable[[Printed], None]] = {
     r"make gpu-check": by("test_commands.py", "test_make_gpu_check_tells"),
     r"make lab": by("test_commands.py", "test_jupyterlab_opens_with_a_kernel_that_works"),
     r"make clean": by("test_commands.py", "test_make_clean_removes_what_was_built"),
-    r"(\.venv/bin/)?python -m ggsm_core\.stages list .*": by("test_commands.py", "test_runs_are_listed"),
+    r"\.venv/bin/python -m ggsm_core\.stages list .*": by("test_commands.py", "test_runs_are_listed"),
     r"\.venv/bin/python -m ggsm_core\.training .*": by("test_commands.py", "test_one_training_run"),
     r"\.venv/bin/python -m papermill .*": by("test_book.py", "test_the_command_on_a_page_works"),
-    r"python -m ggsm_core\.data\.readers": by("test_readers.py", "test_the_command_line"),
-    r"python -m ggsm_core\.embed( .*)?": by("test_embed.py", "test_the_command_line"),
-    r"python -m ggsm_core\.cost --profile FILE": by("test_cost.py", "test_what_cannot_be_told_is_said"),
-    r"accelerate launch --num_processes 8 .*": needs("On a GPU"),
-    r"accelerate launch --config_file .*": by(
+    r"\.venv/bin/python -m ggsm_core\.data\.readers": by("test_readers.py", "test_the_command_line"),
+    r"\.venv/bin/python -m ggsm_core\.embed( .*)?": by("test_embed.py", "test_the_command_line"),
+    r"\.venv/bin/python -m ggsm_core\.cost --profile FILE": by(
+        "test_cost.py", "test_what_cannot_be_told_is_said"
+    ),
+    r"\.venv/bin/accelerate launch --num_processes 8 .*": needs("On a GPU"),
+    r"\.venv/bin/accelerate launch --config_file .*": by(
         "test_launch.py", "test_accelerate_starts_two_processes_from_them"
     ),
     r"launch/torchrun\.sh .*": by("test_launch.py", "test_torchrun_starts_training"),
@@ -157,7 +160,7 @@ def first(pattern: str) -> str:
 
 
 def test_runs_are_listed() -> None:
-    done = python(first(r"(\.venv/bin/)?python -m ggsm_core\.stages list .*"))
+    done = python(first(r"\.venv/bin/python -m ggsm_core\.stages list .*"))
     assert done.returncode == 0, done.stderr
     assert re.search(r"^(whole|missing) +contrast-ggsm-s0-\w+$", done.stdout, re.M)
 
