@@ -21,7 +21,7 @@ import polars as pl
 from ggsm_core import params, provenance
 from ggsm_core.runs import READS, UndeclaredRun
 
-PROFILES = ("study", "study_new_users", "ablation", "attempts")
+PROFILES = ("study", "study_new_users", "ablation", "attempts", "study_wide")
 """Profiles whose results are committed, in the order in which they are computed."""
 TABLES = {
     "auc": ("recipe", "seed", "task", "auc", "ci_low", "ci_high", "n"),

@@ -26,7 +26,7 @@ def rows_and_seeds(toy: Toy, profile: Profile, only: study.Only) -> list[str]:
 
 
 def test_rows_are_found_where_they_first_stand(toy: Toy) -> None:
-    """ggsm belongs to the study, though the other two profiles have it too; a variant to the ablation."""
+    """ggsm belongs to the study, though other profiles have it too; a variant to the ablation."""
     (first, keep), (second, keep_too) = study.part(three(), ["ggsm_constant", "ggsm"], [1, 3])
     assert (first.name, second.name) == ("study", "ablation")
     assert rows_and_seeds(toy, first, keep) == ["probe-ggsm-s1", "probe-ggsm-s3"]
