@@ -13,7 +13,8 @@ import joblib
 import numpy as np
 import report
 
-from ggsm_core.evaluation import Households, Task, probe_tasks
+from ggsm_core.evaluation import Task, probe_tasks
+from ggsm_core.intervals import Households
 
 # share of samples that have the label, share of positives among them: the nine tasks of Complete Journey
 TASKS = {

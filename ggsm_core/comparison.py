@@ -15,18 +15,8 @@ import numpy as np
 import polars as pl
 
 from ggsm_core.data.tasks import DOMAINS, TASKS
-from ggsm_core.evaluation import (
-    AUC_COLUMNS,
-    Difference,
-    EvaluationError,
-    Floats,
-    Households,
-    Progress,
-    households_of,
-    interval,
-    marked,
-    mean_fold_auc,
-)
+from ggsm_core.evaluation import AUC_COLUMNS, Progress, households_of, marked
+from ggsm_core.intervals import Difference, EvaluationError, Floats, Households, interval, mean_fold_auc
 
 REFERENCES = ("bidirectional", "causal", "handmade")  # the two plain masks, and what a user has without us
 MEAN = "mean"  # the pseudo-task: plain average of the AUC over all tasks

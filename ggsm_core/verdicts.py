@@ -17,8 +17,8 @@ import polars as pl
 from scipy.special import ndtr
 
 from ggsm_core.comparison import LEVEL, MEAN, holm
-from ggsm_core.evaluation import Floats
 from ggsm_core.evidence import Evidence, EvidenceError
+from ggsm_core.intervals import Floats
 
 NONE_SHOWN = "no difference shown"
 Z = 1.959964

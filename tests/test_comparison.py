@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ggsm_core import comparison, evaluation
+from ggsm_core import comparison, evaluation, intervals
 from ggsm_core.comparison import differences, holm, over_seeds, with_mean
 from ggsm_core.sections import Evaluation
 
@@ -70,7 +70,7 @@ def test_verdicts_follow_the_corrected_p_in_two_families() -> None:
     assert verdicts == {"up": {"better"}, "down": {"worse"}, "same": {"no difference shown"}}
     for family in (table.filter(task=comparison.MEAN), table.filter(pl.col("task") != comparison.MEAN)):
         raw = [
-            evaluation.Difference.of(
+            intervals.Difference.of(
                 row["difference"],
                 (draws[row["row"]] - draws["causal"])[tasks.index(row["task"])],
             ).p
@@ -106,9 +106,9 @@ def row(house: Path, name: str, strength: float, seed: int = 0) -> Path:
         score, label = strength * labels[k, :n] + noise[k, :n], labels[k, :n]
         member = households.index(users[:n])
         fold = households.fold[member]
-        point = evaluation.mean_fold_auc(score, label, fold)[0]
-        draws = evaluation.mean_fold_auc(score, label, fold, households.weights[member])
-        auc.append((name, seed, task, point, *evaluation.interval(draws), n))
+        point = intervals.mean_fold_auc(score, label, fold)[0]
+        draws = intervals.mean_fold_auc(score, label, fold, households.weights[member])
+        auc.append((name, seed, task, point, *intervals.interval(draws), n))
         scores.append(
             pl.DataFrame({"sample": range(n), "task": task, "score": score, "label": label, "fold": fold})
         )
@@ -233,9 +233,9 @@ def test_rows_on_other_samples_or_folds_are_refused(house: Path, tmp_path: Path)
     scores.filter(pl.col("sample") != 7).write_parquet(second / "scores.parquet")
     inputs = {"windows": house, "probe:causal:0": first, "probe:ggsm:0": second}
     with pytest.raises(
-        evaluation.EvaluationError, match="probe:ggsm:0 and probe:causal:0 were scored on other"
+        intervals.EvaluationError, match="probe:ggsm:0 and probe:causal:0 were scored on other"
     ):
         compare(inputs, tmp_path / "out")
     scores.with_columns((pl.col("fold") + 1) % 5).write_parquet(second / "scores.parquet")
-    with pytest.raises(evaluation.EvaluationError, match="probe:ggsm:0, task 'easy': scored on other folds"):
+    with pytest.raises(intervals.EvaluationError, match="probe:ggsm:0, task 'easy': scored on other folds"):
         compare(inputs, tmp_path / "out")

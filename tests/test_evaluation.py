@@ -14,8 +14,9 @@ from safetensors.numpy import save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from ggsm_core import evaluation
-from ggsm_core.evaluation import Households, linear_probe, mean_fold_auc, paired_difference, weighted_auc
+from ggsm_core import evaluation, intervals
+from ggsm_core.evaluation import linear_probe, paired_difference
+from ggsm_core.intervals import Households, mean_fold_auc, weighted_auc
 from ggsm_core.sections import Evaluation
 
 FAST = {"bootstrap": 100}
@@ -126,9 +127,9 @@ def test_interval_is_over_households_not_over_rows() -> None:
         households = Households.of(ids, bootstrap=500)
         weights = households.weights[households.index(ids)]
         draws = weighted_auc(np.repeat(scores, copies), np.repeat(labels, copies), weights)
-        widths.append(np.diff(evaluation.interval(draws))[0])
+        widths.append(np.diff(intervals.interval(draws))[0])
     single = Households.of(np.arange(n), bootstrap=500)
-    alone = np.diff(evaluation.interval(weighted_auc(scores, labels, single.weights)))[0]
+    alone = np.diff(intervals.interval(weighted_auc(scores, labels, single.weights)))[0]
     assert widths[0] == pytest.approx(alone, rel=0.25)
     assert widths[1] == pytest.approx(alone / 2, rel=0.25)
 
@@ -141,7 +142,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         labels = np.tile([0, 1], 60)
         scores = rng.normal(size=120) + labels
         weights = Households.of(np.arange(120), bootstrap=300, seed=seed).weights
-        low, high = evaluation.interval(weighted_auc(scores, labels, weights))
+        low, high = intervals.interval(weighted_auc(scores, labels, weights))
         hits += low <= truth <= high
     assert 0.90 <= hits / 200 <= 0.99
 
@@ -303,17 +304,17 @@ def test_errors_name_what_and_where() -> None:
         linear_probe(x, np.where(fold == 2, 0, labels), groups)
     with pytest.raises(evaluation.SingleClassFold, match="fold 1: it has no rows"):
         linear_probe(x[fold != 1], labels[fold != 1], groups[fold != 1], households=households)
-    with pytest.raises(evaluation.EvaluationError, match="label 3 in row 0"):
+    with pytest.raises(intervals.EvaluationError, match="label 3 in row 0"):
         linear_probe(x, labels + 2, groups)
-    with pytest.raises(evaluation.EvaluationError, match=r"\(159,\) labels"):
+    with pytest.raises(intervals.EvaluationError, match=r"\(159,\) labels"):
         linear_probe(x, labels[1:], groups)
-    with pytest.raises(evaluation.EvaluationError, match="'stranger' is not among the 40 households"):
+    with pytest.raises(intervals.EvaluationError, match="'stranger' is not among the 40 households"):
         linear_probe(x, labels, np.where(groups == "u0", "stranger", groups), households=households)
-    with pytest.raises(evaluation.EvaluationError, match="folds: 2"):
+    with pytest.raises(intervals.EvaluationError, match="folds: 2"):
         linear_probe(x, labels, groups, folds=2)
-    with pytest.raises(evaluation.EvaluationError, match="3 households can't fill 5 folds"):
+    with pytest.raises(intervals.EvaluationError, match="3 households can't fill 5 folds"):
         Households.of(["a", "b", "c"])
-    assert issubclass(evaluation.EvaluationError, ValueError)
+    assert issubclass(intervals.EvaluationError, ValueError)
 
 
 def test_a_solver_that_stops_early_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,7 +389,7 @@ def test_stage_writes_one_row_a_task_and_the_scores_behind_it(windows: Path, tmp
     assert part["label"].to_list() == labels["a"].gather(probed.tolist()).to_list()
 
     save_file({"embeddings": x[probed[1:]], "sample": probed[1:]}, embed / "embeddings.safetensors")
-    with pytest.raises(evaluation.EvaluationError, match="239 embedded, 240 in the probe split"):
+    with pytest.raises(intervals.EvaluationError, match="239 embedded, 240 in the probe split"):
         evaluation.run(params, {"embed": embed, "windows": windows}, tmp_path, lambda *_: None)
 
 

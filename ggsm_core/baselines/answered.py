@@ -13,7 +13,7 @@ import polars as pl
 from ggsm_core.tokens import Sequences
 
 if TYPE_CHECKING:
-    from ggsm_core.evaluation import Ints
+    from ggsm_core.intervals import Ints
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import polars as pl
 from ggsm_core.data.events import DAY
 
 if TYPE_CHECKING:  # the stages that only embed must not run again when the probe changes
-    from ggsm_core.evaluation import Floats, Ints
+    from ggsm_core.intervals import Floats, Ints
 
 Train = TypeVar("Train")
 Users = TypeVar("Users")

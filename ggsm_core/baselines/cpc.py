@@ -20,7 +20,7 @@ from ggsm_core.baselines.fitting import Loss, SequenceBaseline
 from ggsm_core.baselines.visits import Batch, Recurrent, Visits, at_last
 
 if TYPE_CHECKING:
-    from ggsm_core.evaluation import Ints
+    from ggsm_core.intervals import Ints
 
 AHEAD = 4  # K
 NEGATIVES = 128

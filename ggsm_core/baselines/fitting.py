@@ -23,7 +23,7 @@ from ggsm_core.baselines.base import Baseline, BaselineError, Histories, Train, 
 from ggsm_core.baselines.visits import Batch, Visits, Vocabulary
 
 if TYPE_CHECKING:
-    from ggsm_core.evaluation import Floats, Ints
+    from ggsm_core.intervals import Floats, Ints
 
 Loss = Callable[["Ints", np.random.Generator], Tensor]
 """Rows of the training samples, and the source of whatever the objective draws -> scalar."""

@@ -31,7 +31,7 @@ from ggsm_core.loss import info_nce
 from ggsm_core.template import MODALITIES, RECORD_TOKEN, SEGMENTS, Encoded
 
 if TYPE_CHECKING:
-    from ggsm_core.evaluation import Floats, Ints
+    from ggsm_core.intervals import Floats, Ints
 
 QUERIES = 4
 

@@ -10,7 +10,7 @@ import polars as pl
 from ggsm_core.baselines.base import ACTS, Baseline, Histories, commonest, scatter, total
 
 if TYPE_CHECKING:
-    from ggsm_core.evaluation import Floats
+    from ggsm_core.intervals import Floats
 
 KEPT = {"bill": 48, "minipro": 8, "spm": 12, "app": 8, "search": 8}  # texts that get counts of their own
 GROUPS = 16  # wider groups, named in brackets at the end of a text: "soft drinks (grocery)"

@@ -34,7 +34,7 @@ from ggsm_core.towers import build_encoder
 from ggsm_core.training import Trainer
 
 if TYPE_CHECKING:
-    from ggsm_core.evaluation import Floats
+    from ggsm_core.intervals import Floats
 
 WRITTEN = 4  # one row in so many is written as well
 

@@ -26,7 +26,7 @@ from ggsm_core.baselines.fitting import Loss, SequenceBaseline
 from ggsm_core.baselines.visits import Attending, Batch, Visits
 
 if TYPE_CHECKING:
-    from ggsm_core.evaluation import Ints
+    from ggsm_core.intervals import Ints
 
 SCALES = (1, 3, 7, 14, 30)  # days
 MASKED = 0.15

@@ -24,7 +24,7 @@ from ggsm_core.baselines.msdp import MASKED, distribution_loss
 from ggsm_core.baselines.visits import NUMBERS, Attending, Batch, Visits
 
 if TYPE_CHECKING:
-    from ggsm_core.evaluation import Ints
+    from ggsm_core.intervals import Ints
 
 PREDICTED = len(NUMBERS) - 1  # all but which step is the anchor
 

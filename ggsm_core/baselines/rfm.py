@@ -10,7 +10,7 @@ import polars as pl
 from ggsm_core.baselines.base import ACTS, DISCOUNTS, Baseline, Histories, total
 
 if TYPE_CHECKING:
-    from ggsm_core.evaluation import Floats
+    from ggsm_core.intervals import Floats
 
 
 class Rfm(Baseline[Histories, Histories]):

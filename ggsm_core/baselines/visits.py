@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ggsm_core.baselines.base import BaselineError, Histories, commonest
 
 if TYPE_CHECKING:
-    from ggsm_core.evaluation import Ints
+    from ggsm_core.intervals import Ints
 
 NUMBERS = (
     "log_amount",
