@@ -32,6 +32,8 @@ TABLES = {
     "costs": ("recipe", "seed", "dimension", "training_seconds", "embedding_seconds"),
 }
 """Table -> its columns."""
+TRIALS = "tuning.csv"
+"""What ``tuning`` found for each row, where it was asked; no part of what ``study`` publishes."""
 SCORED = ("probe", "baseline", "joined")
 """Stages that give a row its numbers."""
 
@@ -89,6 +91,27 @@ class Evidence:
             return f"{said}; missing: {len(self.absent)} rows, among them {', '.join(self.absent[:3])}."
         return f"{said}; missing: {', '.join(self.absent)}."
 
+    def tuned(self) -> str:
+        """One or two sentences for readers: what tuning found, and which rows are shown with it."""
+        path = folder(self.name) / TRIALS
+        if not path.is_file():
+            return "No row was tuned: each has the learning rate and the length that the profile gives it."
+        trials = pl.read_csv(path)
+        best = {row: (rate, length) for row, rate, length in trials.filter("chosen")[:, :3].iter_rows()}
+        shown = {row: (pace.rate, pace.length) for row, pace in self.profile.tuned.items()}
+        plain = (1.0, 1.0)
+        other = [
+            f"{row} (rate × {rate:g}, length × {length:g})"
+            for row, (rate, length) in best.items()
+            if (rate, length) != plain
+        ]
+        without = sorted(row for row, pace in best.items() if shown.get(row, plain) != pace)
+        return (
+            f"Tuned inside the training period, {len(trials) // len(best)} trials for each of {len(best)} "
+            f"rows (`results/{self.name}/{TRIALS}`); better at another pace than the profile's: "
+            f"{', '.join(other) or 'none'}."
+        ) + (f" Shown without it here: {', '.join(without)}." if without else "")
+
 
 def folder(name: str) -> Path:
     """Where the tables of a profile lie."""
@@ -101,15 +124,16 @@ def profile(name: str) -> params.Profile:
 
 
 def hashes(name: str) -> dict[str, str]:
-    """File -> sha256 of all that ``load`` reads; {} where nothing is published."""
-    files = [folder(name) / f"{table}.csv" for table in TABLES] + [folder(name) / "provenance.json"]
-    return {path.name: provenance.sha256(path) for path in files if path.is_file()}
+    """File -> sha256 of all that a page may read; {} where nothing is published."""
+    files = (*(f"{table}.csv" for table in TABLES), "provenance.json", TRIALS)
+    paths = [folder(name) / file for file in files]
+    return {path.name: provenance.sha256(path) for path in paths if path.is_file()}
 
 
 def find(name: str) -> Evidence | None:
     """As ``load``, or None where nothing at all is published under this name."""
     _declared(name)
-    return load(name) if hashes(name) else None
+    return load(name) if hashes(name).keys() - {TRIALS} else None
 
 
 def load(name: str) -> Evidence:

@@ -21,7 +21,7 @@ import polars as pl
 from ggsm_core import params
 from ggsm_core.params import LANGUAGE_BASELINES, SEQUENCE_BASELINES, Profile, Tuned
 
-TRIALS = tuple(Tuned(rate=rate, length=length) for length in (1.0, 0.5) for rate in (1.0, 0.3, 3.0))
+TRIALS = tuple(Tuned(rate=rate) for rate in (1.0, 0.3, 3.0))
 """The budget of every row; a tie goes to the earlier one, and so to the profile as it is."""
 
 
@@ -57,9 +57,9 @@ def choose(trials: pl.DataFrame) -> pl.DataFrame:
 
 
 def tune(profile: Profile, say: Callable[[str], None] = print) -> pl.DataFrame:
-    """All trials of all trained rows: row, rate, length, auc (mean over tasks), run, chosen."""
+    """All trials of all trained rows: row, rate, length, auc (mean over tasks), run, commit, chosen."""
     from ggsm_core.jobs import run_missing
-    from ggsm_core.runs import Store
+    from ggsm_core.runs import Run, Store
     from ggsm_core.stages import GRAPH, Plan
 
     lines = []
@@ -69,9 +69,10 @@ def tune(profile: Profile, say: Callable[[str], None] = print) -> pl.DataFrame:
         say(f"rate x {pace.rate:g}, length x {pace.length:g}: {len(nodes)} rows")
         run_missing(plan, nodes, say)
         for node in nodes:
-            auc = pl.read_csv(plan.store.folder(node.name) / "auc.csv")["auc"].mean()
-            lines.append((node.row, pace.rate, pace.length, auc, node.name))
-    return choose(pl.DataFrame(lines, schema=["row", "rate", "length", "auc", "run"], orient="row"))
+            run = Run(plan.store.folder(node.name))
+            auc = pl.read_csv(run.folder / "auc.csv")["auc"].mean()
+            lines.append((node.row, pace.rate, pace.length, auc, node.name, run.provenance["commit"]))
+    return choose(pl.DataFrame(lines, schema=["row", "rate", "length", "auc", "run", "commit"], orient="row"))
 
 
 def as_yaml(trials: pl.DataFrame) -> str:
@@ -86,8 +87,8 @@ def as_yaml(trials: pl.DataFrame) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    from ggsm_core import evidence
     from ggsm_core.jobs import exit_status
-    from ggsm_core.provenance import ROOT
 
     parser = argparse.ArgumentParser(prog="python -m ggsm_core.tuning", description="Tune every trained row.")
     parser.add_argument("--profile", type=Path, required=True)
@@ -96,9 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def act() -> int:
         profile = params.load(given.profile)
         trials = tune(profile)
-        out = ROOT / "results" / profile.name
-        out.mkdir(parents=True, exist_ok=True)
-        trials.write_csv(out / "tuning.csv", float_precision=6)
+        out = evidence.folder(profile.name) / evidence.TRIALS
+        out.parent.mkdir(parents=True, exist_ok=True)
+        trials.write_csv(out, float_precision=6)
         print(as_yaml(trials))
         return 0
 

@@ -182,3 +182,22 @@ def test_covariance_is_symmetric_and_named_when_missing(root: Path) -> None:
     with pytest.raises(EvidenceError, match="'found'"):
         verdicts.points(study, ["found"])
     assert isinstance(study.rows, pl.DataFrame)
+
+
+def test_what_tuning_found_is_told_with_what_is_shown(root: Path) -> None:
+    assert evidence.load("study").tuned().startswith("No row was tuned")
+    trials = pl.DataFrame(
+        {
+            "row": ["ggsm", "causal"] * 2,
+            "rate": [1.0, 1.0, 3.0, 3.0],
+            "length": [1.0] * 4,
+            "auc": [0.7, 0.7, 0.6, 0.8],
+            "chosen": [True, False, False, True],
+        }
+    )
+    before = evidence.hashes("study")
+    trials.write_csv(root / "results" / "study" / evidence.TRIALS)
+    told = evidence.load("study").tuned()
+    assert "2 trials for each of 2 rows" in told and "profile's: causal (rate × 3, length × 1)." in told
+    assert told.endswith("Shown without it here: causal.")
+    assert evidence.hashes("study") != before  # a page that tells of it is made again
