@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ggsm_core.baselines.base import Baseline, Histories
-from ggsm_core.baselines.handmade import Handmade
+from ggsm_core.baselines.handmade import Handmade, HandmadeLinear
 from ggsm_core.baselines.rfm import Rfm
 from ggsm_core.evaluation import PROBES, Progress, evaluate
 
-SYSTEMS: dict[str, type[Baseline[Histories, Histories]]] = {system.name: system for system in (Rfm, Handmade)}
-PROBE = {"rfm": "linear", "handmade": "boosted"}
+SYSTEMS: dict[str, type[Baseline[Histories, Histories]]] = {
+    system.name: system for system in (Rfm, Handmade, HandmadeLinear)
+}
+PROBE = {"rfm": "linear", "handmade": "boosted", "handmade_linear": "linear"}
 
 
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
