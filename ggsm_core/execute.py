@@ -115,7 +115,3 @@ def main() -> int:
         report.write(problem=message.removeprefix("NotebookError: "), complete=complete)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

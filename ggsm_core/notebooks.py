@@ -27,6 +27,12 @@ from ggsm_core.stages import GRAPH, Node, Plan
 SECONDS = 20.0
 INJECTED = "injected-parameters"  # papermill's tag of the cell that it adds
 PACKAGE = Path(__file__).resolve().parent
+EXECUTE = (
+    "import sys; sys.modules['rfc3987_syntax'] = None; "
+    "from ggsm_core import execute; sys.exit(execute.main())"
+)
+"""A notebook's process. jsonschema would build a grammar of international addresses, which takes half of the
+start, and no notebook has one to check."""
 
 
 class NotebookError(ValueError):
@@ -216,7 +222,7 @@ def job(notebook: Notebook, notebook_key: str, plan: Plan, folder: Path, runs: P
     return Job(
         name=notebook.path.name,
         title=f"notebook {notebook.name}",
-        command=[sys.executable, "-m", "ggsm_core.execute"],
+        command=[sys.executable, "-c", EXECUTE],
         stdin=json.dumps(request),
         needs=frozenset(node.name for node in allowed),
         seconds=seconds(folder, notebook.name) or SECONDS,

@@ -383,7 +383,7 @@ def test_a_published_book_is_made_from_its_tables_without_a_run(study: Toy) -> N
 
 def test_a_published_book_without_its_tables_says_how_to_get_them(study: Toy) -> None:
     (study.folder / "results" / "study" / "rows.csv").unlink()
-    with pytest.raises(ValueError, match=r"results/study/rows\.csv is missing; publish it again: `python -m"):
+    with pytest.raises(ValueError, match=r"results/study/rows\.csv is missing; publish it again: `\.venv"):
         pipeline.make(study.folder / "params" / "study.yaml", "book", print)
 
 
