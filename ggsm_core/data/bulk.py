@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from ggsm_core import params, sections
 from ggsm_core.data import windows
-from ggsm_core.data.events import EPOCH, SCHEMA, EventError, validate
+from ggsm_core.data.events import EPOCH, SCHEMA, EventError, stream, validate
 from ggsm_core.template import render
 
 ROWS = 100_000
@@ -98,7 +98,7 @@ def whole_users(events: Path) -> Iterator[pa.Table]:
     held: list[pa.Table] = []
     seen = ""
     with pq.ParquetFile(events) as file:
-        for batch in file.iter_batches(ROWS, columns=list(SCHEMA)):
+        for batch in stream(file, ROWS):
             table = pa.table(batch)
             names = pl.Series(table["user"])
             if names.null_count() or not names.is_sorted() or names[0] < seen:

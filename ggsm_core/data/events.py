@@ -16,10 +16,13 @@ Modality ``app`` holds visits: who has too few in a window is no sample. Amounts
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ggsm_core.template import MODALITIES
 
@@ -188,3 +191,12 @@ def validate(events: pl.DataFrame) -> pl.DataFrame:
     examine(events.lazy()).refuse()
     rows, _ = flagged(events.lazy())
     return rows.select(*SCHEMA).collect().sort("user", "time", "modality", "text", "item", "amount")
+
+
+def stream(file: pq.ParquetFile, rows: int) -> Iterator[pa.RecordBatch]:
+    """A log's columns, at most ``rows`` events at a time, in the memory that one row group takes.
+
+    Asked for all row groups in one call, pyarrow keeps something of each that it has read.
+    """
+    for group in range(file.num_row_groups):
+        yield from file.iter_batches(rows, row_groups=[group], columns=list(SCHEMA))

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ggsm_core.data import privacy
 from ggsm_core.data.checks import DUPLICATE, TOO_LATE, UNSORTED, Order, clock
-from ggsm_core.data.events import NO_TIME, SCHEMA, EventError, Report, flagged
+from ggsm_core.data.events import NO_TIME, SCHEMA, EventError, Report, flagged, stream
 
 BATCH = 200_000
 """Rows in memory at a time."""
@@ -138,7 +138,7 @@ def _parquet(file: Path) -> Iterator[pl.DataFrame]:
     _complete(source.schema_arrow.names, file)
     start = 1
     with source:
-        for arrow in source.iter_batches(BATCH, columns=list(SCHEMA)):
+        for arrow in stream(source, BATCH):
             rows = pl.DataFrame(arrow).with_columns(pl.col("modality").cast(pl.String))
             shown = rows.select(pl.struct(pl.all().cast(pl.String)).struct.json_encode().alias("raw"))
             fine = (pl.lit(False).alias(kind) for kind in UNREADABLE)
