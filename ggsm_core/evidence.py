@@ -75,7 +75,7 @@ class Evidence:
         return [row for row in (*self.profile.trained, *self.profile.baselines) if row not in self.seeds]
 
     def told(self) -> str:
-        """One sentence for readers: how many rows and seeds there are, and which are missing."""
+        """For readers: how many rows and seeds there are, which are missing, and what one seed can't say."""
         counts = [self.seeds[row] for row in self.profile.trained if row in self.seeds]
         said = f"results/{self.name}: {len(self.seeds)} rows"
         if counts:
@@ -86,10 +86,13 @@ class Evidence:
         if counts and min(counts) < planned:
             said += f" of {planned} planned"
         if not self.absent:
-            return f"{said}; none is missing."
-        if len(self.absent) > LISTED:
-            return f"{said}; missing: {len(self.absent)} rows, among them {', '.join(self.absent[:3])}."
-        return f"{said}; missing: {', '.join(self.absent)}."
+            said += "; none is missing."
+        elif len(self.absent) > LISTED:
+            said += f"; missing: {len(self.absent)} rows, among them {', '.join(self.absent[:3])}."
+        else:
+            said += f"; missing: {', '.join(self.absent)}."
+        alone = counts and min(counts) == 1
+        return said + (" An interval from one seed is over households alone." if alone else "")
 
     def tuned(self) -> str:
         """One or two sentences for readers: what tuning found, and which rows are shown with it."""

@@ -35,8 +35,15 @@ def test_what_was_published_is_read(root: Path) -> None:
     assert "scheduler" in study.absent and "ggsm" not in study.absent
     said = study.told()
     assert "4 rows" in said and "2 to 3 seeds of 5 planned" in said and "among them hybrid_segment," in said
+    assert "one seed" not in said  # a row that draws nothing has no second seed to miss
     assert evidence.find("ablation") is None
     assert evidence.hashes("ablation") == {} and len(evidence.hashes("study")) == 7
+
+
+def test_one_seed_is_said_to_say_less(root: Path) -> None:
+    published.publish(root, "ablation", {"ggsm": 2, "ggsm_constant": 1})
+    said = evidence.load("ablation").told()
+    assert "1 to 2 seeds of 5 planned" in said and said.endswith("is over households alone.")
 
 
 def test_what_is_read_is_what_the_pipeline_writes() -> None:
