@@ -76,5 +76,8 @@ class Adapters(nn.ModuleDict):
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / FILE)
 
     def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote. Raises where it does not fit."""
-        self.load_state_dict(load_file(folder / FILE))
+        """Read what ``save`` wrote. Raises ``EncoderError`` where it does not fit."""
+        try:
+            self.load_state_dict(load_file(folder / FILE))
+        except RuntimeError as problem:
+            raise EncoderError(f"{folder.name}/{FILE}: does not fit these adapters ({problem})") from None

@@ -29,7 +29,7 @@ from ggsm_core.sections import Backbone
 from ggsm_core.template import EOS_TOKEN, PAD_TOKEN, SPECIAL_TOKENS
 
 
-class BackboneError(RuntimeError):
+class BackboneError(ValueError):
     """A decoder that is missing, or that would compute something else than asked."""
 
 
@@ -88,9 +88,13 @@ def load_pretrained(params: Backbone) -> tuple[PreTrainedModel, Any]:
         assert params.path is not None
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                params.path, attn_implementation=params.attention, dtype=torch.float32, use_safetensors=True
+                params.path,
+                attn_implementation=params.attention,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
             )
-            tokenizer = AutoTokenizer.from_pretrained(params.path)
+            tokenizer = AutoTokenizer.from_pretrained(params.path, trust_remote_code=False)
         except OSError as error:
             raise BackboneError(
                 f"backbone.path: {params.path!r} is no folder with a decoder and its tokenizer, and no hub "

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from ggsm_core.collation import Batch, collate
 from ggsm_core.distributed import TrainingError
-from ggsm_core.order import BEHAVIOUR, Batches, Index
+from ggsm_core.order import BEHAVIOUR, QA, Batches, Index
 from ggsm_core.shards import ShardError
-from ggsm_core.synthesis.mix import QA
 from ggsm_core.text_encoder import features
 from ggsm_core.tokens import Sequences
 

@@ -78,7 +78,7 @@ def costs(plan: Plan) -> pl.DataFrame:
     embedding_seconds (null where it isn't told apart).
     """
     table = []
-    for stage in ("embed", "sequence", "language", "text"):
+    for stage in ("embed", "sequence", "language", "text", "records"):
         for node in plan.of_stage(stage) if stage in plan.graph.stages else ():
             folder = plan.store.folder(node.name)
             with safe_open(folder / "embeddings.safetensors", framework="numpy") as file:

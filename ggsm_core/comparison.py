@@ -19,6 +19,7 @@ from ggsm_core.evaluation import AUC_COLUMNS, Progress, households_of, marked
 from ggsm_core.intervals import Difference, EvaluationError, Floats, Households, interval, mean_fold_auc
 
 REFERENCES = ("bidirectional", "causal", "handmade")  # the two plain masks, and what a user has without us
+NONE_SHOWN = "no difference shown"
 MEAN = "mean"  # the pseudo-task: plain average of the AUC over all tasks
 LEVEL = 0.05
 LABEL_COLUMNS = {
@@ -117,7 +118,7 @@ def differences(points: dict[str, Floats], draws: dict[str, Floats], tasks: list
     for family in families.values():
         for (row, reference, task, gap), p in zip(family, holm([item[3].p for item in family]), strict=True):
             sign = "better" if gap.difference > 0 else "worse"
-            verdict = sign if p < LEVEL else "no difference shown"
+            verdict = sign if p < LEVEL else NONE_SHOWN
             table.append((row, reference, task, gap.difference, gap.ci_low, gap.ci_high, float(p), verdict))
     columns = ("row", "reference", "task", "difference", "ci_low", "ci_high", "p_holm", "verdict")
     types = (*[pl.String] * 3, *[pl.Float64] * 4, pl.String)

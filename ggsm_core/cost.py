@@ -127,7 +127,7 @@ class Work:
     lengths: tuple[int, int]  # tokens of a user and of an answer, T
     batch: int
     steps: int
-    probes: int  # steps with a probe pass (two_pass)
+    probes: int  # steps with a probe pass: two_pass in warm-up, a frozen tower after it
     half: bool  # bf16 autocast
 
     @classmethod
@@ -138,13 +138,14 @@ class Work:
 
         Raises ``CostError``.
         """
-        options = getattr(profile.recipes, recipe, None)
-        if recipe not in profile.recipes.active:
+        if recipe not in profile.trained:
             raise CostError(f"recipe: {recipe!r} is not in profile {profile.name!r}")
-        decoder, template, training = _decoder(profile, config), profile.template, profile.training
+        row = profile.row(recipe)
+        decoder, template, training = _decoder(profile, config), profile.template, row.training
         probes = 0
-        if isinstance(options, sections.Guidance) and options.estimator == "two_pass":
-            probes = training.total_steps if options.freeze == "tower" else options.warm_steps
+        if isinstance(row.options, sections.Guidance) and (warm := row.options.warm_steps):
+            probes = warm * (row.options.estimator == "two_pass")
+            probes += (training.total_steps - warm) * (row.options.freeze == "tower")
         adapter = template.modality_input == "adapter"
         d = decoder.hidden
         return cls(
@@ -298,7 +299,7 @@ def _decoder(profile: Profile, config: Any) -> Decoder:
     if backbone.path == "Qwen/Qwen2.5-0.5B-Instruct":
         return Decoder.of(QWEN_05B)
     if backbone.path is not None and Path(backbone.path).is_dir():
-        return Decoder.of(AutoConfig.from_pretrained(backbone.path))
+        return Decoder.of(AutoConfig.from_pretrained(backbone.path, trust_remote_code=False))
     raise CostError(f"backbone: {backbone.path or backbone.kind!r}; give the configuration of its decoder")
 
 

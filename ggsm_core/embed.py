@@ -87,6 +87,8 @@ def embed(
         )
     day = (anchor - EPOCH).days if anchor is not None else last + 1
     users = log.select(pl.col("user").unique()).collect(engine="streaming")["user"].sort()
+    if users.is_empty():
+        raise EmbedError(f"events: {events.name} holds not one event, so there is nobody to embed")
     parts = _open(out, sha256(events), encoder, [day, history_days, dtype, part_size])
     for start in range(0, len(users), part_size):
         part = parts / f"{start:012d}.parquet"

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from ggsm_core.collation import collate
 from ggsm_core.model import UserEncoder
+from ggsm_core.template import PAD_TOKEN
 from ggsm_core.text_encoder import features
 from ggsm_core.tokens import Progress, Sequences
 from ggsm_core.towers import build_encoder
@@ -40,7 +41,7 @@ def embed_all(
     result = np.empty((len(users), encoder.hidden_size), np.float32)
     device, done = next(encoder.parameters()).device, 0
     for rows in batches_by_length(users.lengths(), batch_size):
-        batch = collate([users[i] for i in rows], encoder.ids["<pad>"], feature_of)
+        batch = collate([users[i] for i in rows], encoder.ids[PAD_TOKEN], feature_of)
         result[rows] = encoder.embed(batch.to(device)).float().cpu().numpy()
         done += len(rows)
         progress(done, len(users), "users embedded")

@@ -22,7 +22,7 @@ from ggsm_core import params, provenance
 from ggsm_core.runs import READS, UndeclaredRun
 
 PROFILES = ("study", "study_new_users", "ablation", "attempts", "study_wide")
-"""Profiles whose results are committed, in the order in which they are computed."""
+"""Profiles whose results are published as they are computed, in that order."""
 TABLES = {
     "auc": ("recipe", "seed", "task", "auc", "ci_low", "ci_high", "n"),
     "rows": ("recipe", "seeds", "task", "auc", "ci_low", "ci_high"),

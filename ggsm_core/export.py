@@ -14,7 +14,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +25,13 @@ from transformers import PreTrainedTokenizerFast
 from ggsm_core.collation import collate
 from ggsm_core.model import UserEncoder
 from ggsm_core.recipes import View
-from ggsm_core.template import EOS_TOKEN, SEGMENTS, Record, User, encode_user, render, sanitise
+from ggsm_core.template import EOS_TOKEN, PAD_TOKEN, SEGMENTS, Record, User, encode_user, render, sanitise
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 TOLERANCE = 1e-4
 """Largest difference of a coordinate between the encoder and its export, fp32."""
-IS_CAUSAL_SINCE = (5, 2)
-"""The first transformers that obeys ``is_causal`` in a decoder's config; older ones ignore it in silence."""
 
 
 class ExportError(ValueError):
@@ -54,7 +51,7 @@ def export(
         auc: rows of ``auc.csv`` for the card: recipe, seed, task, auc, ci_low, ci_high, n.
 
     Raises:
-        ExportError: the recipe, the input or the installed transformers stands against it.
+        ExportError: the recipe or the input stands against it.
     """
     encoder = UserEncoder.load(folder, base=base)
     causal = _is_causal(encoder)
@@ -110,17 +107,7 @@ def _is_causal(encoder: UserEncoder) -> bool:
             "causal and bidirectional only; export causal, bidirectional, scheduler or ggsm, or embed with "
             "ggsm_core.embed"
         )
-    if bidirectional:
-        _check_version(version("transformers"))
     return causal
-
-
-def _check_version(installed: str) -> None:
-    if tuple(int(part) for part in installed.split(".")[:2]) < IS_CAUSAL_SINCE:
-        raise ExportError(
-            f"transformers: {installed} ignores is_causal in a decoder's config and would read causally in "
-            f"silence; install transformers >= {'.'.join(map(str, IS_CAUSAL_SINCE))}"
-        )
 
 
 def _write(encoder: UserEncoder, causal: bool, out: Path) -> SentenceTransformer:
@@ -177,7 +164,7 @@ def _compare(encoder: UserEncoder, model: SentenceTransformer) -> None:
     encoded = [
         encode_user(user, encoder.tokenizer, modality_input="text", max_tokens=limit) for user in users
     ]
-    ours = encoder.embed(collate(encoded, encoder.ids["<pad>"]))
+    ours = encoder.embed(collate(encoded, encoder.ids[PAD_TOKEN]))
     texts = [text_of(user, encoder.tokenizer, max_tokens=limit) for user in users]
     theirs = torch.from_numpy(model.encode(texts, show_progress_bar=False))
     difference = float((ours - theirs).abs().max())

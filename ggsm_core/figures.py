@@ -31,7 +31,7 @@ from ggsm_core.template import MODALITIES, SEGMENTS  # noqa: E402
 
 WIDTH = 7.6
 """Inches of a figure as wide as the page's text."""
-INK, PALE = "#222222", "#d9d9d9"
+INK = "#222222"
 VISIBILITY = "cividis"
 """Colours of w in [0, 1]: dark is hidden, bright is visible, monotone in grey."""
 

@@ -171,7 +171,7 @@ def look(profile: Profile) -> Machine:
         half = profile.training.precision == "bf16" and gpus[0].bf16
         mask = mask_problem(given.attention, "cuda", half=half)
     if weights is None and given.path is not None:
-        config = AutoConfig.from_pretrained(given.path)
+        config = AutoConfig.from_pretrained(given.path, trust_remote_code=False)
     elif weights is None and given.kind == "smollm2" and gpus:  # unpacks all of it, half a minute
         config = backbone.smollm2(given.attention)[0].config
     return Machine(tuple(gpus), weights, mask, config)

@@ -18,16 +18,17 @@ from torch import Tensor
 
 from ggsm_core.model import Output
 
-Chunk = TypeVar("Chunk")
-Towers = tuple[Output, Output]
+Part = TypeVar("Part")
+Outputs = tuple[Output, Output]
+"""Of the user and of the answer tower."""
 
 
-class TwoPasses(Generic[Chunk]):
+class TwoPasses(Generic[Part]):
     """The two passes over ``chunks``; ``encode`` gives the user and the answer tower's output of one."""
 
-    def __init__(self, encode: Callable[[Chunk], Towers], chunks: Sequence[Chunk]) -> None:
+    def __init__(self, encode: Callable[[Part], Outputs], chunks: Sequence[Part]) -> None:
         self._encode, self._chunks = encode, chunks
-        self._kept: Towers | None = None
+        self._kept: Outputs | None = None
 
     def first(self) -> tuple[Tensor, Tensor]:
         """The embeddings Float[b, d] of both towers, detached."""
@@ -41,12 +42,12 @@ class TwoPasses(Generic[Chunk]):
             self._kept = outputs
         return torch.cat(users), torch.cat(answers)
 
-    def second(self, chunk: Chunk) -> Towers:
+    def second(self, chunk: Part) -> Outputs:
         """The outputs of ``chunk`` with their graph."""
         return self._encode(chunk) if self._kept is None else self._kept
 
 
-def surrogate(outputs: Towers, gradients: tuple[Tensor, Tensor]) -> Tensor:
+def surrogate(outputs: Outputs, gradients: tuple[Tensor, Tensor]) -> Tensor:
     """A scalar with the loss's own gradient in all behind ``outputs``: the sum of embedding . dL/dembedding.
 
     ``gradients``: Float[., d] of the loss with respect to both towers' embeddings of these rows.

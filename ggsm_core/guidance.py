@@ -1,7 +1,7 @@
 """Which future tokens does the loss lean on? Gradient norms -> weights -> schedule (Eq. 5, 15).
 
 Shapes: B batch, L length, d hidden size; ``valid`` is Bool[B, L]. Weights are always detached: the loss
-does not learn through them (reading note 6).
+does not learn through them.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def open_linearly(weights: Tensor, step: int, warm_steps: int, total_steps: int)
 
 
 def by_position(weights: Tensor, valid: Tensor, length: int) -> Tensor:
-    """Mean weight at each distance from the last real token: Float[length] (reading note 4).
+    """Mean weight at each distance from the last real token: Float[length], for ``freeze: position``.
 
     Index 0 is ``<USER>``: counting back from it aligns sequences of unequal length. Distances that no
     sequence of the batch reaches take the weight of the farthest one that is reached.

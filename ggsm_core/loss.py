@@ -21,7 +21,7 @@ class Negatives:
     """What stands in the denominators of Eq. 7, counted.
 
     ``kept``: true negatives per row, over the three sums. ``masked_*``: the share of candidate negatives that
-    the margin mask of Eq. 8 removes, per sum (reading note 16).
+    the margin mask of Eq. 8 removes, per sum.
     """
 
     kept: float
@@ -47,7 +47,7 @@ def info_nce(
         answer: Float[B, d], L2-normalised; row i is the positive of user i.
         temperature: tau.
         margin: c_margin of Eq. 8, or None for no margin mask. Each of the three sums is masked by its own
-            s_ij against s(u_i, a_i) + margin; comparisons carry no gradient (reading note 9).
+            s_ij against s(u_i, a_i) + margin; comparisons carry no gradient.
         same_side: include user-user and answer-answer negatives.
         answer_ids: Long[B]; rows that share an answer are never negatives of each other.
         user_ids: Long[B]; nor are rows that share a user.

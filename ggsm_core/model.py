@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,9 +25,12 @@ from ggsm_core.adapters import Adapters
 from ggsm_core.adapters import EncoderError as EncoderError
 from ggsm_core.backbone import check_mask, positions
 from ggsm_core.collation import Batch, locate
-from ggsm_core.sections import Lora, Template
+from ggsm_core.sections import AnswerMask, Lora, Template
 from ggsm_core.sharding import spread_like, whole
 from ggsm_core.template import EOS_TOKEN, RECORD_TOKEN, SPECIAL_TOKENS, USER_TOKEN
+
+OUTER_SITES = ("embeddings", "final")
+"""Values of ``grad_site`` beside those of a block, ``layer:0`` and on."""
 
 
 class NotFinite(EncoderError):
@@ -70,10 +74,14 @@ class UserEncoder(nn.Module):
         *,
         features: int | None,
         lora: Lora | None = None,
-        answer_mask: str = "same",
+        answer_mask: AnswerMask = "same",
         template: Template | None = None,
     ) -> None:
         super().__init__()
+        if answer_mask not in get_args(AnswerMask):
+            raise EncoderError(
+                f"answer_mask: {answer_mask!r} is not one of {', '.join(get_args(AnswerMask))}"
+            )
         check_mask(decoder)
         self.tokenizer = tokenizer
         self.recipe = recipe
@@ -152,8 +160,8 @@ class UserEncoder(nn.Module):
             raise NotFinite(
                 f"hidden state: not finite at the read-out of row {int((~finite).nonzero()[0])} ({tower})"
             )
-        sites = {"embeddings": hidden, "final": states}
-        chosen = None if site is None else captured.get(site, sites.get(site))
+        sites = {**dict(zip(OUTER_SITES, (hidden, states), strict=True)), **captured}
+        chosen = None if site is None else sites[site]
         return Output(nn.functional.normalize(read, dim=1), chosen, visibility, valid)
 
     @torch.inference_mode()
@@ -172,10 +180,7 @@ class UserEncoder(nn.Module):
         """
         hidden, valid = self.embed_tokens(batch), batch.valid
         bias = masks.additive_bias(masks.causal(valid), valid, _compute_dtype(hidden))
-        base = self._base()
-        backend = base.config._attn_implementation
-        base.set_attn_implementation("eager")  # the one that hands its attention over
-        try:
+        with self.eager():
             states = self.decoder(
                 inputs_embeds=hidden,
                 attention_mask=bias,
@@ -183,12 +188,21 @@ class UserEncoder(nn.Module):
                 use_cache=False,
                 output_attentions=True,
             )
-        finally:
-            base.set_attn_implementation(backend)
         row = torch.arange(len(valid), device=valid.device)
         read_out = self._read_out(batch, "user")
         paid = torch.stack([block[row, :, read_out].float().mean(1) for block in states.attentions]).mean(0)
         return paid * valid.sum(1, keepdim=True)
+
+    @contextmanager
+    def eager(self) -> Iterator[Any]:
+        """The plain decoder, computed meanwhile in the one way that hands its attention over."""
+        base = self._base()
+        backend = base.config._attn_implementation
+        base.set_attn_implementation("eager")
+        try:
+            yield base
+        finally:
+            base.set_attn_implementation(backend)
 
     def _visibility(self, view: recipes.View, causal: bool) -> Tensor:
         if causal or (view.tower == "answer" and self.answer_mask == "causal"):
@@ -205,18 +219,21 @@ class UserEncoder(nn.Module):
     @contextmanager
     def _capture(self, site: str | None) -> Iterator[dict[str, Tensor]]:
         captured: dict[str, Tensor] = {}
-        if site is None or not site.startswith("layer:"):
+        if site in (None, *OUTER_SITES):
             yield captured
             return
         blocks: Any = self._base().layers
-        index = int(site.removeprefix("layer:"))
-        if index >= len(blocks):
-            raise EncoderError(f"grad_site: {site!r}, but the decoder has layers 0 to {len(blocks) - 1}")
+        index = re.fullmatch(r"layer:(\d+)", site)
+        if index is None or int(index[1]) >= len(blocks):
+            raise EncoderError(
+                f"grad_site: {site!r} is not one of {', '.join(OUTER_SITES)}, layer:0 to "
+                f"layer:{len(blocks) - 1}"
+            )
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             captured[site] = output if isinstance(output, Tensor) else output[0]
 
-        handle = blocks[index].register_forward_hook(keep)
+        handle = blocks[int(index[1])].register_forward_hook(keep)
         try:
             yield captured
         finally:

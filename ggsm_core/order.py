@@ -19,9 +19,9 @@ import polars as pl
 from safetensors.numpy import save_file
 
 from ggsm_core.shards import ShardError, mapped
-from ggsm_core.synthesis.mix import QA
 
-BEHAVIOUR = "behaviour"
+BEHAVIOUR, QA = "behaviour", "qa"
+"""The two pools of pairs; D_qa stands among the pairs under its name as a granularity."""
 BUCKET = 16
 """Batches whose samples are shuffled together: more mixes better, fewer pad less."""
 

@@ -165,7 +165,12 @@ class Profile(Section):
             training = _changed(training, variant.training)
         pace = self.tuned.get(recipe, Tuned())
         if isinstance(own, Guidance) and pace.length != 1:
-            own = own.model_copy(update={"warm_steps": _times(own.warm_steps, pace.length)})
+            warm = _times(own.warm_steps, pace.length)
+            if own.warm_steps and not warm:
+                raise ValueError(
+                    f"tuned.{recipe}.length: {pace.length:g} leaves none of {own.warm_steps} warm_steps"
+                )
+            own = own.model_copy(update={"warm_steps": warm})
         training = training.model_copy(
             update={
                 "learning_rate": training.learning_rate * pace.rate,
@@ -211,6 +216,11 @@ class Profile(Section):
         for name in self.baselines:
             if (row := name.removeprefix(JOINED)) not in trained:
                 raise ValueError(f"baselines: {name!r} needs the row {row!r}, which this profile leaves out")
+        if self.backbone.kind != "scratch" and (wide := set(self.baselines) & set(RECORD_BASELINES)):
+            raise ValueError(
+                f"baselines: {', '.join(wide)} has as many dimensions as backbone.hidden, which only "
+                f"kind: scratch has, and kind is {self.backbone.kind!r}"
+            )
         if self.mixes and self.synthesis is None:
             raise ValueError("training.qa_share: needs the pairs of synthesis, which is null")
         if (self.backbone.kind == "scratch") != (self.pretraining is not None):

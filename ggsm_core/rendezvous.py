@@ -27,7 +27,10 @@ def gate() -> KeyValueStore:
     from torch.distributed.rendezvous import rendezvous
 
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    seconds = int(os.environ.get("GGSM_RENDEZVOUS_SECONDS", "60"))
+    asked = os.environ.get("GGSM_RENDEZVOUS_SECONDS", "60")
+    if not asked.isdigit() or int(asked) < 1:
+        raise NoRendezvous(f"GGSM_RENDEZVOUS_SECONDS: {asked!r} is no number of seconds; give 1 or more")
+    seconds = int(asked)
     try:
         agents = _moved(seconds) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
         store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=seconds))))

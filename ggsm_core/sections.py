@@ -24,10 +24,12 @@ def field(default: Any, description: str, unit: str = "", **bounds: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"unit": unit}, **bounds)
 
 
+AnswerMask = Literal["same", "causal", "bidirectional"]
+
+
 class Data(Section):
     """Which events, windows and samples."""
 
-    source: Literal["complete_journey"] = field("complete_journey", "the event log")
     households: int | None = field(
         None, "use only this many households, drawn with seed 0; null for all", "households", ge=40
     )
@@ -73,11 +75,19 @@ class Template(Section):
     max_user_tokens: int = field(96, "user & query, at most", "tokens", ge=16)
     max_answer_tokens: int = field(32, "answer with <EOS>, at most", "tokens", ge=4)
 
+    @model_validator(mode="after")
+    def _one_decoder(self) -> Template:
+        if self.max_answer_tokens > self.max_user_tokens:
+            raise ValueError(
+                f"max_answer_tokens: {self.max_answer_tokens} is above max_user_tokens = "
+                f"{self.max_user_tokens}, for which the recipe is built; both towers are one decoder"
+            )
+        return self
+
 
 class Pairs(Section):
     """Rule-based behaviour pairs (Sec. 3.1)."""
 
-    query: bool = field(True, "training pairs carry the query of their granularity; false leaves it out")
     granularities: list[Literal["categories", "visits", "weeks", "offers"]] = field(
         ["categories", "visits", "weeks", "offers"], "how the future window is aggregated into an answer"
     )
@@ -181,7 +191,7 @@ class Pretraining(Section):
 
     steps: int = field(100, "optimizer steps", "steps", ge=1)
     batch_size: int = field(16, "sequences a step", "sequences", ge=1)
-    sequence_tokens: int = field(256, "tokens of a packed sequence", "tokens", ge=16)
+    sequence_tokens: int = field(256, "history and answer together, at most", "tokens", ge=16)
     adapter_steps: int = field(
         100,
         "further steps, on soft tokens: the adapters learn to be read",
@@ -227,7 +237,7 @@ class Training(Section):
     keep_checkpoints: int = field(2, "the last K are kept", "checkpoints", ge=1)
     timeout_seconds: int = field(600, "an unanswered process ends the run after", "seconds", ge=1)
     precision: Literal["fp32", "bf16"] = field("fp32", "autocast precision")
-    answer_mask: Literal["same", "causal", "bidirectional"] = field(
+    answer_mask: AnswerMask = field(
         "same", "mask of the answer tower; same = the scalar mean of the left tower's weights"
     )
     qa_share: float = field(
@@ -245,7 +255,7 @@ class Guidance(Section):
     normalise: Literal["none", "zscore", "rank"] = field("none", "of the norms before the sigmoid")
     estimator: Literal["two_pass", "previous_step"] = field("two_pass", "where the gradient comes from")
     freeze: Literal["position", "tower", "segment"] = field("position", "what is frozen after warm-up")
-    ramp: bool = field(False, "our extension: weights times beta_t, 0 to 1 over warm-up")
+    ramp: bool = field(False, "our extension: weights times beta_t = (t + 1) / T_warm in warm-up")
     source: Literal["gradient", "constant", "random", "shuffled", "position", "attention"] = field(
         "gradient", "what the weights are made from; all but gradient are controls, see ggsm_core.ablation"
     )

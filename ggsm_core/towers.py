@@ -62,7 +62,7 @@ class Towers(nn.Module):
         """User and answer outputs of some pairs.
 
         ``weights``: Float[., L] of the user tower. Answers have none of their own: ``level``, the scalar mean
-        of the left tower's over the global batch (reading note 7).
+        of the left tower's over the global batch.
         """
         answer_weights = (
             None if level is None else level * torch.ones_like(pairs.answer.valid, dtype=level.dtype)

@@ -35,7 +35,7 @@ from ggsm_core.batches import Chunk, PairBatch, Pairs, chunks, split
 from ggsm_core.distributed import Shares, TrainingError, answered, joined
 from ggsm_core.loss import LossError, info_nce_rows
 from ggsm_core.model import NotFinite, Output, UserEncoder
-from ggsm_core.template import SEGMENTS
+from ggsm_core.template import PAD_TOKEN, SEGMENTS
 from ggsm_core.tokens import Progress
 from ggsm_core.towers import Towers, build_encoder
 
@@ -151,7 +151,7 @@ class Trainer:
             return self.pairs.users.lengths_of(rows[own]), self.pairs.answers.lengths_of(rows[own])
 
         def load(users: np.ndarray, answers: np.ndarray) -> PairBatch:
-            pairs = self.pairs.batch(rows, self.encoder.ids["<pad>"], users, answers)
+            pairs = self.pairs.batch(rows, self.encoder.ids[PAD_TOKEN], users, answers)
             return pairs.to(self.accelerator.device)
 
         return chunks(self.shares.own, self.params.training.micro_batch, lengths, load)
@@ -306,7 +306,7 @@ class Trainer:
             self.frozen_tower = self._snapshot()
 
     def _probe(self, parts: list[Chunk], step: int) -> list[Tensor]:
-        """Gradient norms Float[., L] of a pass under the causal mask (reading note 3).
+        """Gradient norms Float[., L] of a pass under the causal mask, as ``estimator`` asks.
 
         In warm-up the encoder itself is probed; after it, with ``freeze: tower``, the frozen snapshot. In
         micro-batches the guidance gradient is that of the second pass: the surrogate makes it the loss's own.
@@ -383,7 +383,7 @@ class Trainer:
     def keep_batch(self, folder: Path, reason: str) -> None:
         """Write this process's rows of the batch of the present step, and which samples they are."""
         rows, own = self.pairs.rows(self.step), np.arange(self.shares.own.start, self.shares.own.stop)
-        pairs = self.pairs.batch(rows, self.encoder.ids["<pad>"], own)
+        pairs = self.pairs.batch(rows, self.encoder.ids[PAD_TOKEN], own)
         samples = self.pairs.samples(rows[own])
         told = {"step": self.step, "reason": reason, "rows": own.tolist(), "samples": samples}
         telemetry.save_batch(folder, {"user": pairs.user, "answer": pairs.answer}, told)

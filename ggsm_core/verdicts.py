@@ -17,10 +17,10 @@ import polars as pl
 from scipy.special import ndtr
 
 from ggsm_core.comparison import LEVEL, MEAN, holm
+from ggsm_core.comparison import NONE_SHOWN as NONE_SHOWN
 from ggsm_core.evidence import Evidence, EvidenceError
 from ggsm_core.intervals import Floats
 
-NONE_SHOWN = "no difference shown"
 Z = 1.959964
 """Standard errors from the middle of a normal 95 % interval to its end."""
 SIMULATIONS = 2000

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from ggsm_core import batches, params, recipes, runs, story, text_encoder, towers
 from ggsm_core.collation import Batch, collate
 from ggsm_core.model import UserEncoder
-from ggsm_core.template import Encoded, User, encode_user
+from ggsm_core.template import PAD_TOKEN, Encoded, User, encode_user
 
 transformers_logging.disable_progress_bar()  # it draws on stderr, and a page holds none
 
@@ -61,13 +61,14 @@ def sequence(
     """One user as a batch of one sequence, L tokens without padding."""
     one = encoded(user, encoder, profile, query)
     adapter = encoder.features is not None
-    return collate([one], encoder.ids["<pad>"], text_encoder.features(folders["texts"]) if adapter else None)
+    feature_of = text_encoder.features(folders["texts"]) if adapter else None
+    return collate([one], encoder.ids[PAD_TOKEN], feature_of)
 
 
 def untrained(profile: str, recipe: str, **options: Any) -> UserEncoder:
     """The encoder of ``recipe`` before contrastive training; ``options`` replace some of the profile's."""
     loaded = params.load(profile)
-    given = getattr(loaded.recipes, recipe)
+    given = loaded.row(recipe).options
     kind = recipes.RECIPES[recipe].section
     chosen = kind.model_validate((given.model_dump() if given is not None else {}) | options)
     wanted = SimpleNamespace(**dict(loaded), recipe=recipe, options=chosen, seed=loaded.seeds[0])
@@ -86,20 +87,18 @@ def attention(encoder: UserEncoder, batch: Batch) -> np.ndarray:
 
     Fused kernels don't tell their weights, so the decoder computes them the plain way for this once.
     """
-    decoder = encoder.decoder if encoder.lora is None else encoder.decoder.get_base_model()
     found: list[Tensor] = []
-    handles = [
-        layer.self_attn.register_forward_hook(lambda _module, _inputs, out: found.append(out[1][0].mean(0)))
-        for layer in decoder.layers
-    ]
-    fused = decoder.config._attn_implementation
-    decoder.set_attn_implementation("eager")
-    try:
-        encoder.embed(batch)
-    finally:
-        decoder.set_attn_implementation(fused)
-        for handle in handles:
-            handle.remove()
+
+    def keep(_module: Any, _inputs: Any, output: Any) -> None:
+        found.append(output[1][0].mean(0))
+
+    with encoder.eager() as decoder:
+        handles = [layer.self_attn.register_forward_hook(keep) for layer in decoder.layers]
+        try:
+            encoder.embed(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
     return torch.stack(found).float().numpy()
 
 

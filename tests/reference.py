@@ -107,7 +107,7 @@ def causal(i: int, j: int) -> float:
 
 
 def hybrid_segment(i: int, j: int, inside: Sequence[bool]) -> float:
-    """Sec. 1 / reading notes 11: bidirectional within the user segment, causal after."""
+    """Sec. 1: bidirectional within the user segment, causal after."""
     return 1.0 if j <= i or (inside[i] and inside[j]) else 0.0
 
 
@@ -152,7 +152,7 @@ def sigmoid(x: float) -> float:
 
 
 def token_weights(norms: Array, valid: Bools, normalise: str = "none") -> Array:
-    """First branch of Eq. 5, and its two normalised readings (reading notes 2); 0 on padding.
+    """First branch of Eq. 5, and its two normalised readings; 0 on padding.
 
     none: sigma(norm). zscore: sigma of the norm minus the row's mean, over its population deviation; 0.5
     where all norms are equal. rank: ascending rank 1..n over n + 1, ties share their mean rank.

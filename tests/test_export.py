@@ -132,19 +132,6 @@ def test_adapters_and_full_folders_are_refused(tmp_path: Path) -> None:
         export.export(folder, tmp_path / "saved")
 
 
-@pytest.mark.parametrize("installed", ["4.57.1", "5.0.0", "5.1.2"])
-def test_a_transformers_that_ignores_is_causal_is_refused(
-    installed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not for a causal encoder, which every version reads right."""
-    monkeypatch.setattr(export, "version", lambda _: installed)
-    _, folder = saved(tmp_path, "ggsm")
-    with pytest.raises(export.ExportError, match=rf"transformers: {installed}.*5\.2"):
-        export.export(folder, tmp_path / "out")
-    _, folder = saved(tmp_path, "causal")
-    export.export(folder, tmp_path / "out")
-
-
 def test_the_model_card_states_data_recipe_metrics_and_limits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

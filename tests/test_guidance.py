@@ -161,7 +161,7 @@ def test_equal_norms_say_nothing(length: int, norm: float, dtype: torch.dtype) -
 @properties
 @given(valid_masks(), seeds, st.sampled_from((1e-12, 1e-7, 1e-3, 1e3)))
 def test_normalised_weights_do_not_depend_on_the_scale(valid: np.ndarray, seed: int, scale: float) -> None:
-    """The gradient of a mean loss falls as 1/B (reading notes 2); zscore and rank must not see it."""
+    """The gradient of a mean loss falls as 1/B; zscore and rank must not see it."""
     norms = draw_norms(np.random.default_rng(seed), valid.shape)
     for normalise in ("zscore", "rank"):
         weights, scaled = (

@@ -390,8 +390,9 @@ def test_layer_k_is_the_output_of_block_k(architecture: str, lora: sections.Lora
         assert torch.equal(site, seen[k])
     assert torch.equal(base.norm(sites[-1]), final)
     assert not torch.allclose(sites[0], sites[1])
-    with pytest.raises(model.EncoderError, match=r"layer:3.*0 to 2"):
-        encoder(batch, site="layer:3")
+    for wrong in ("layer:3", "layer:-1", "middle"):
+        with pytest.raises(model.EncoderError, match=rf"grad_site: '{wrong}'.*layer:0 to layer:2"):
+            encoder(batch, site=wrong)
 
 
 def test_the_mask_mlp_learns_through_both_backends() -> None:
@@ -479,6 +480,13 @@ def test_slots_without_their_features_are_refused() -> None:
     batch.features = None
     with pytest.raises(model.EncoderError, match="feature_of"):
         build("causal").embed(batch)
+
+
+def test_an_answer_mask_that_is_none_is_refused() -> None:
+    with pytest.raises(model.EncoderError, match="answer_mask: 'bidirectonal' is not one of same, causal"):
+        model.UserEncoder(
+            tiny.decoder(), tiny.tokenizer(), tiny.recipe("causal"), features=None, answer_mask="bidirectonal"
+        )  # type: ignore[arg-type]
 
 
 def test_a_tokenizer_without_the_tags_is_refused() -> None:

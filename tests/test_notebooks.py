@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import pkgutil
 import re
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import nbformat
 import pytest
 
-import ggsm_core
-from ggsm_core import charts, figures, notebooks
+from ggsm_core import charts, figures, notebooks, pages
+from ggsm_core.codehash import closure
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
@@ -24,6 +23,13 @@ DRAWN = {
     for name, one in vars(module).items()
     if inspect.isfunction(one) and one.__annotations__.get("return") == "Figure"
 }
+LIBRARY = {
+    node.name
+    for module in (*pages.PAPER, "figures", "story")
+    for node in ast.parse((notebooks.PACKAGE / f"{module}.py").read_text(encoding="utf-8")).body
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+}
+"""What the paper's modules define, and those that every page draws on."""
 
 
 @pytest.fixture(params=PATHS, ids=lambda path: path.stem)
@@ -56,6 +62,11 @@ def called_figures(source: str) -> list[str]:
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in DRAWN
     ]
+
+
+def test_the_paper_imports_no_data_no_baseline_and_no_synthesis() -> None:
+    behind = closure([f"{notebooks.PACKAGE.name}.{module}" for module in pages.PAPER], notebooks.PACKAGE)
+    assert not [name for name in behind if name.split(".")[1:2] in (["data"], ["baselines"], ["synthesis"])]
 
 
 def test_there_are_notebooks_and_the_pipeline_takes_them() -> None:
@@ -137,12 +148,12 @@ def test_the_profile_is_its_only_parameter(notebook: Any) -> None:
 
 
 def test_it_defines_nothing_that_the_library_has(notebook: Any) -> None:
-    known, own = {module.name for module in pkgutil.iter_modules(ggsm_core.__path__)}, {"recipes.Recipe"}
+    own = {"recipes.Recipe"}
     for cell in code(notebook):
         tree = ast.parse(cell.source)  # plain Python: no magics, no shell
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
-                assert node.name not in known
+                assert node.name not in LIBRARY, f"{node.name}: import it"
             if isinstance(node, ast.ClassDef):  # a reader's own recipe, and nothing else
                 own.add(node.name)
                 assert ast.unparse(node.bases[0]) in own

@@ -59,6 +59,11 @@ def test_every_profile_loads_and_is_named_after_its_file(path: Path) -> None:
         ({"name": "mine", "backbone": {"kind": "smollm2"}}, ["pretraining", "smollm2", "null"]),
         ({"name": "mine", "data": {"probe_anchors": [200]}}, ["train_anchors", "210", "170"]),
         ({"name": "mine", "objective": {"margin": None, "margin_from": 5}}, ["margin_from", "margin"]),
+        ({"name": "mine", "template": {"max_answer_tokens": 97}}, ["max_answer_tokens", "97", "96"]),
+        (
+            {"name": "mine", "backbone": {"kind": "smollm2"}, "pretraining": None, "baselines": ["records"]},
+            ["baselines", "records", "smollm2"],
+        ),
         ({"name": "My Profile"}, ["name", "My Profile"]),
         ({}, ["name"]),
         ("- a\n- b\n", ["mapping", "list"]),

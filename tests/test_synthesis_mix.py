@@ -6,6 +6,7 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -44,8 +45,13 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
     return folders
 
 
-def test_pairs_that_fit_are_mixed_in_and_the_others_named(inputs: dict[str, Path], tmp_path: Path) -> None:
-    template = sections.Template(max_user_tokens=tiny.LONGEST, max_answer_tokens=32)
+@pytest.mark.parametrize("way", ["adapter", "text"])
+def test_pairs_that_fit_are_mixed_in_and_the_others_named(
+    way: Literal["adapter", "text"], inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    template = sections.Template(
+        modality_input=way, max_user_tokens=tiny.LONGEST, max_answer_tokens=32
+    )
     mix.run(SimpleNamespace(template=template), inputs, tmp_path, lambda done, total, what: None)
     both = pl.read_parquet(tmp_path / "pairs.parquet")
     assert both.columns == ["sample", "granularity", "query", "answer", "answer_id"]
@@ -58,6 +64,18 @@ def test_pairs_that_fit_are_mixed_in_and_the_others_named(inputs: dict[str, Path
     assert of_pizza.n_unique() == 1 and len(of_pizza) == 3  # no negatives of each other, whatever their kind
     why = pl.read_parquet(tmp_path / "left_out.parquet")["why"].to_list()
     assert len(why) == 2 and "max_answer_tokens" in why[0] and "max_user_tokens" in why[1]
+
+
+def test_plain_text_needs_more_room_for_a_query(inputs: dict[str, Path]) -> None:
+    """White space between tags is tokens then: what fits as soft tokens may not fit as text."""
+    query = "Which food? " * 6
+
+    def fits(way: Literal["adapter", "text"], room: int) -> bool:
+        template = sections.Template(modality_input=way, max_user_tokens=room, max_answer_tokens=16)
+        return mix.misfit(query, "pizza", tiny.tokenizer(), template) is None
+
+    least = {way: next(n for n in range(16, 512) if fits(way, n)) for way in ("adapter", "text")}
+    assert least["text"] > least["adapter"]
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from ggsm_core.batches import Chunk, Pairs
 from ggsm_core.collation import Batch
 from ggsm_core.embedding import embed_all
 from ggsm_core.model import UserEncoder
+from ggsm_core.template import PAD_TOKEN
 from ggsm_core.towers import build_encoder
 from ggsm_core.training import Trainer
 
@@ -63,7 +64,7 @@ class _Trainer(Trainer):
 
     def _beside(self, chunk: Chunk, step: int) -> Tensor:
         rows, some = self.pairs.rows(step), chunk.users[::WRITTEN]
-        pairs = self.pairs.batch(rows, self.encoder.ids["<pad>"], some).to(self.accelerator.device)
+        pairs = self.pairs.batch(rows, self.encoder.ids[PAD_TOKEN], some).to(self.accelerator.device)
         return answer_loss(self.encoder, pairs.user, pairs.answer)
 
 

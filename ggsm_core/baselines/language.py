@@ -9,6 +9,7 @@ import polars as pl
 from transformers import PreTrainedTokenizerFast
 
 from ggsm_core.baselines.answered import Answered, Users
+from ggsm_core.baselines.base import BaselineError
 from ggsm_core.baselines.fitting import Log, learn
 from ggsm_core.baselines.found import Found
 from ggsm_core.baselines.instructue import InstructUe
@@ -36,7 +37,11 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
         log = Log(out, params.peers.epochs, progress)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(inputs["pretrain"])
         learn(Found(params, tokenizer, log), Answered.read(tokens, feature_of), probed, out)
-    else:
+    elif params.recipe == InstructUe.name:
         log = Log(out, params.training.total_steps, progress)
         pairs = Pairs(tokens, inputs["texts"], params.training.batch_size, params.seed)
         learn(InstructUe(params, inputs, log), pairs, probed, out)
+    else:
+        raise BaselineError(
+            f"recipe: {params.recipe!r} is no system of this stage; it has {Found.name} and {InstructUe.name}"
+        )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Rfm(Baseline[Histories, Histories]):
-    """Days since the last and the first visit, active days, and over a week, a month and the whole history:
+    """Days since the last and the first visit, and over a week, a month and the whole history:
     visits (distinct times at which the user did something), days with a visit, and spend. As log(1 + x)."""
 
     name = "rfm"

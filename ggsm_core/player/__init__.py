@@ -165,7 +165,7 @@ def show(films: Mapping[str, Film], words: Sequence[str], *, caption: str) -> Pa
     names = " and ".join(films)
     return Page(
         _template("player.html").substitute(
-            id=f"player-{hashlib.sha256((packed + caption).encode()).hexdigest()[:10]}",
+            id=name,
             style=_template("player.css").template,
             script=_template("player.js").template,
             caption=html.escape(caption),

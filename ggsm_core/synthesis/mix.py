@@ -9,17 +9,21 @@ from typing import Any
 import polars as pl
 from transformers import PreTrainedTokenizerFast
 
+from ggsm_core.order import QA
 from ggsm_core.template import AnswerTooLong, QueryTooLong, Record, User, encode_answer, encode_user
-
-QA = "qa"
-"""The granularity under which D_qa stands among the pairs."""
 
 
 def misfit(query: str, answer: str, tokenizer: PreTrainedTokenizerFast, template: Any) -> str | None:
     """Why a pair does not fit the template's lengths, or None. Nothing is ever cut to fit."""
     someone = User({"bill": [Record("anything")]})
     try:
-        encode_user(someone, tokenizer, query, max_tokens=template.max_user_tokens)
+        encode_user(
+            someone,
+            tokenizer,
+            query,
+            modality_input=template.modality_input,
+            max_tokens=template.max_user_tokens,
+        )
         encode_answer(answer, tokenizer, max_tokens=template.max_answer_tokens)
     except (QueryTooLong, AnswerTooLong) as problem:
         return str(problem)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints
 
 from ggsm_core.synthesis import prompts
 from ggsm_core.synthesis.client import Question, Reply
+from ggsm_core.synthesis.difficulty import MAX_TOKENS
 from ggsm_core.synthesis.history import History
 from ggsm_core.template import sanitise
 from ggsm_core.text_encoder import TextEncoder
@@ -102,7 +103,7 @@ def shortlists(
     index = faiss.IndexFlatIP(encoder.dim)
     index.add(encoder.encode(pool))
     _, places = index.search(
-        encoder.encode([history.text for history in histories], max_tokens=512), min(size, len(pool))
+        encoder.encode([history.text for history in histories], max_tokens=MAX_TOKENS), min(size, len(pool))
     )
     return [[int(place) for place in row] for row in places]
 

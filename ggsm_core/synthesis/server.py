@@ -24,7 +24,8 @@ MODEL = "SmolLM2-135M-Instruct"
 LOADING = 180.0
 """Seconds until a server must answer; loading takes about ten."""
 STOPPING = 10.0
-SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "SALT")
+"""Parts of the names of variables that the server has no business with."""
 
 
 class NoServer(ValueError):
