@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
-from ggsm_core import masks, params, runs, towers, training
+from ggsm_core import batches, masks, params, runs, towers, training
 from ggsm_core.embedding import batches_by_length
 from ggsm_core.sections import Guidance
 from ggsm_core.tokens import Sequences
@@ -42,7 +42,7 @@ def trainer(recipe: str, options: Any) -> training.Trainer:
     }
     wanted = SimpleNamespace(**dict(loaded), recipe=recipe, options=options, seed=0)
     wanted.training = loaded.training.model_copy(update={"total_steps": STEPS})
-    pairs = training.Pairs(inputs["tokens"], inputs["texts"], wanted.training.batch_size, 0)
+    pairs = batches.Pairs(inputs["tokens"], inputs["texts"], wanted.training.batch_size, 0)
     return training.Trainer(towers.build_encoder(wanted, inputs), pairs, wanted)
 
 

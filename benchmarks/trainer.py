@@ -28,7 +28,19 @@ import report
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
-from ggsm_core import checkpoints, export, order, params, runs, telemetry, template, tokens, towers, training
+from ggsm_core import (
+    batches,
+    checkpoints,
+    export,
+    order,
+    params,
+    runs,
+    telemetry,
+    template,
+    tokens,
+    towers,
+    training,
+)
 
 PROFILE = "params/quick.yaml"
 WORK = {  # batch, micro-batch (0: none), steps of each of two epochs
@@ -114,7 +126,7 @@ def ours(folder: Path, batch: int, micro_batch: int, steps: int) -> dict[str, fl
     """Our loop with its log, in every process of a launch; and what share of it checkpoints would be."""
     made_up(folder, batch * steps)
     given = settings(batch, micro_batch, steps)
-    pairs = training.Pairs(folder, folder, batch, given.seed)
+    pairs = batches.Pairs(folder, folder, batch, given.seed)
     trainer = training.Trainer(towers.build_encoder(given, inputs_in(folder)), pairs, given)
     log, clock = telemetry.Log(folder, 0), Clock()
     for _ in range(2 * steps):

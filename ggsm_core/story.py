@@ -232,7 +232,7 @@ def between(value: float, low: float, high: float, decimals: int = 3) -> str:
     return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]".replace(" ", "\u00a0")
 
 
-def compared(differences: pl.DataFrame, row: str, reference: str, task: str = "mean") -> str:
+def compared(differences: pl.DataFrame, row: str, reference: str, task: str = comparison.MEAN) -> str:
     """One sentence on ``row`` against ``reference``, verdict included (a table of stage ``compare``)."""
     found = differences.filter(
         (pl.col("row") == row) & (pl.col("reference") == reference) & (pl.col("task") == task)
@@ -240,7 +240,7 @@ def compared(differences: pl.DataFrame, row: str, reference: str, task: str = "m
     if len(found) != 1:
         raise StoryError(f"differences: {len(found)} lines for {row} against {reference} on {task}, not one")
     line = found.row(0, named=True)
-    what = "mean of the tasks" if task == "mean" else task
+    what = "mean of the tasks" if task == comparison.MEAN else task
     gap = signed(line["difference"], line["ci_low"], line["ci_high"])
     return f"{row} against {reference}, {what}: {gap} AUC, **{line['verdict']}**"
 

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ggsm_core import checkpoints, rendezvous, telemetry, training
+from ggsm_core import batches, checkpoints, rendezvous, telemetry, training
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 IDENTITY = {"recipe": "ggsm", "vocabulary": "abc"}
@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(
         training.run(fleet.settings("causal"), corpus, tmp_path, lambda *a: None)
     folder = tmp_path / "diverged" / "rank-0"
     told = json.loads((folder / "batch.json").read_text())
-    rows = training.Pairs(corpus["tokens"], corpus["texts"], 7, 0).rows(1)
+    rows = batches.Pairs(corpus["tokens"], corpus["texts"], 7, 0).rows(1)
     assert told["step"] == 1 and told["samples"] == [int(row) // 2 for row in rows]
     assert len(load_file(folder / "batch.safetensors")["user.input_ids"]) == 7
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toygraph import small
 
-from ggsm_core import runs, sections, stages, training
+from ggsm_core import batches, runs, sections, stages, training
 from ggsm_core.synthesis import mix, steps
 
 
@@ -90,29 +90,29 @@ def test_batches_keep_to_the_share_and_to_one_kind(
     mixed: dict[str, Path], share: Fraction, steps: int
 ) -> None:
     kinds = pl.read_parquet(mixed["tokens"] / "pairs.parquet")["granularity"].to_numpy() == mix.QA
-    pairs = training.Pairs(mixed["tokens"], mixed["texts"], 4, 0, float(share))
+    pairs = batches.Pairs(mixed["tokens"], mixed["texts"], 4, 0, float(share))
     drawn = [kinds[pairs.rows(step)] for step in range(steps)]
     assert all(batch.all() or not batch.any() for batch in drawn)
     assert abs(sum(batch.all() for batch in drawn) - share * steps) <= 1
 
 
 def test_each_kind_has_epochs_of_its_own(mixed: dict[str, Path]) -> None:
-    pairs = training.Pairs(mixed["tokens"], mixed["texts"], 4, 0, 0.5)
+    pairs = batches.Pairs(mixed["tokens"], mixed["texts"], 4, 0, 0.5)
     count = Counter(np.concatenate([pairs.rows(step) for step in range(12)]).tolist())
     assert set(count.values()) == {2} and len(count) == 24  # 6 steps of each kind are two epochs of 12
 
 
 def test_without_a_share_no_batch_holds_d_qa(mixed: dict[str, Path]) -> None:
     kinds = pl.read_parquet(mixed["tokens"] / "pairs.parquet")["granularity"].to_numpy()
-    pairs = training.Pairs(mixed["tokens"], mixed["texts"], 4, 0)
+    pairs = batches.Pairs(mixed["tokens"], mixed["texts"], 4, 0)
     assert all(mix.QA not in kinds[pairs.rows(step)] for step in range(9))
 
 
 def test_too_few_pairs_of_d_qa_are_an_error(mixed: dict[str, Path]) -> None:
     index = pl.read_parquet(mixed["tokens"] / "pairs.parquet")
-    training.Pairs(mixed["tokens"], mixed["texts"], index["sample"].n_unique(), 0, 0.5)
+    batches.Pairs(mixed["tokens"], mixed["texts"], index["sample"].n_unique(), 0, 0.5)
     with pytest.raises(training.TrainingError, match=r"training\.batch_size"):
-        training.Pairs(mixed["tokens"], mixed["texts"], 13, 0, 0.5)
+        batches.Pairs(mixed["tokens"], mixed["texts"], 13, 0, 0.5)
 
 
 def test_a_mix_is_a_row_of_the_comparison() -> None:

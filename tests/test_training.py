@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from strategies import properties
 from torch import Tensor
 
-from ggsm_core import checkpoints, loss, model, params, recipes, sections, towers, training
+from ggsm_core import batches, checkpoints, loss, model, params, recipes, sections, towers, training
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -69,7 +69,7 @@ def settings(recipe: str = "ggsm", *, lora: bool = False, seed: int = 0, **more:
 
 def trainer(corpus: dict[str, Path], params: SimpleNamespace) -> training.Trainer:
     """A trainer before its first step."""
-    pairs = training.Pairs(corpus["tokens"], corpus["texts"], params.training.batch_size, params.seed)
+    pairs = batches.Pairs(corpus["tokens"], corpus["texts"], params.training.batch_size, params.seed)
     return training.Trainer(towers.build_encoder(params, corpus), pairs, params)
 
 
@@ -89,8 +89,8 @@ def test_a_batch_is_a_function_of_seed_and_step(
     corpus: dict[str, Path], batch: int, seed: int, asked: list[int]
 ) -> None:
     """Whatever was asked for before; and in each epoch every sample comes once."""
-    pairs = training.Pairs(corpus["tokens"], corpus["texts"], batch, seed)
-    again = training.Pairs(corpus["tokens"], corpus["texts"], batch, seed)
+    pairs = batches.Pairs(corpus["tokens"], corpus["texts"], batch, seed)
+    again = batches.Pairs(corpus["tokens"], corpus["texts"], batch, seed)
     for step in asked:
         assert np.array_equal(pairs.rows(step), again.rows(step))
         again.rows(step + 7)
@@ -100,14 +100,14 @@ def test_a_batch_is_a_function_of_seed_and_step(
 
 
 def test_another_seed_gives_other_batches_and_every_pair_is_met(corpus: dict[str, Path]) -> None:
-    first, second = (training.Pairs(corpus["tokens"], corpus["texts"], BATCH, seed) for seed in (0, 1))
+    first, second = (batches.Pairs(corpus["tokens"], corpus["texts"], BATCH, seed) for seed in (0, 1))
     assert any(not np.array_equal(first.rows(t), second.rows(t)) for t in range(3))
     assert {int(row) for t in range(60) for row in first.rows(t)} == set(range(24))
 
 
 def test_a_batch_larger_than_the_data_is_refused(corpus: dict[str, Path]) -> None:
     with pytest.raises(training.TrainingError, match=r"batch_size: 13.*12 training samples"):
-        training.Pairs(corpus["tokens"], corpus["texts"], 13, 0)
+        batches.Pairs(corpus["tokens"], corpus["texts"], 13, 0)
 
 
 # Resuming ---------------------------------------------------------------------------------------------------
