@@ -159,7 +159,8 @@ def key(notebook: Notebook, plan: Plan) -> str:
             "profile": notebook.narrowed(plan.profile),
             "runs": [node.name for node in notebook.reads(plan)],
             "results": {name: evidence.hashes(name) for name in notebook.results},
-            "code": code_hash({__name__, f"{PACKAGE.name}.execute", *notebook.modules()}, PACKAGE),
+            "code": code_hash({__name__, *notebook.modules()}, PACKAGE),
+            "process": [EXECUTE, provenance.sha256(PACKAGE / "execute.py")],
             "libraries": provenance.libraries()
             | provenance.versions("matplotlib", "seaborn", "papermill", "ipykernel"),
         }
