@@ -14,6 +14,7 @@ Shapes: B batch, L length, d hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,7 @@ def draw(tokenizer: PreTrainedTokenizerFast, users: int, rng: np.random.Generato
     return Planted(user_batch, collate(said, pad), torch.from_numpy(kind), key, records)
 
 
+@cache
 def vector(text: str) -> np.ndarray:
     """Float32[F], unit length: a fixed random direction for each text."""
     drawn = np.random.default_rng(list(text.encode())).normal(size=FEATURES)
