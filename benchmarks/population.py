@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -71,7 +70,7 @@ def measure(users: int) -> dict[str, float]:
         "users": rows,
         "seconds": round(seconds, 1),
         "users_per_second": round(rows / seconds, 1),
-        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_mib": round(report.peak_bytes() / 2**20),
     }
 
 

@@ -54,7 +54,7 @@ def measure(path: Path) -> dict[str, float]:
         "windows": windows,
         "seconds": round(seconds, 1),
         "windows_per_core_second": round(windows / cpu),
-        "peak_gb": round(used.ru_maxrss * 1024 / 1e9, 2),
+        "peak_gb": round(report.peak_bytes() / 1e9, 2),
     }
 
 
