@@ -104,7 +104,7 @@ class Clock:
 
     def found(self, batch: int) -> dict[str, float]:
         """What was measured."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = report.peak_bytes()
         return {
             "pairs_per_second": round(batch / self.step, 1),
             "peak_mib": round(peak / 2**20, 1),

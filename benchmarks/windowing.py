@@ -35,7 +35,7 @@ def main() -> None:
         "samples": samples,
         "seconds": round(seconds, 2),
         "cpu_seconds": round(cpu_seconds, 2),
-        "peak_gb": round(used.ru_maxrss * 1024 / 1e9, 2),
+        "peak_gb": round(report.peak_bytes() / 1e9, 2),
         "cores": os.cpu_count(),
     }
     report.write("windowing", measured)
