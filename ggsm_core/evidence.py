@@ -100,15 +100,15 @@ class Evidence:
         if not path.is_file():
             return "No row was tuned: each has the learning rate and the length that the profile gives it."
         trials = pl.read_csv(path)
-        best = {row: (rate, length) for row, rate, length in trials.filter("chosen")[:, :3].iter_rows()}
-        shown = {row: (pace.rate, pace.length) for row, pace in self.profile.tuned.items()}
-        plain = (1.0, 1.0)
+        chosen = trials.filter("chosen").select("row", "rate", "length").iter_rows()
+        best = {row: params.Tuned(rate=rate, length=length) for row, rate, length in chosen}
+        plain = params.Tuned()
         other = [
-            f"{row} (rate × {rate:g}, length × {length:g})"
-            for row, (rate, length) in best.items()
-            if (rate, length) != plain
+            f"{row} (rate × {pace.rate:g}, length × {pace.length:g})"
+            for row, pace in best.items()
+            if pace != plain
         ]
-        without = sorted(row for row, pace in best.items() if shown.get(row, plain) != pace)
+        without = sorted(row for row, pace in best.items() if self.profile.tuned.get(row, plain) != pace)
         return (
             f"Tuned inside the training period, {len(trials) // len(best)} trials for each of {len(best)} "
             f"rows (`results/{self.name}/{TRIALS}`); better at another pace than the profile's: "

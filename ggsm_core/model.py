@@ -160,7 +160,7 @@ class UserEncoder(nn.Module):
             raise NotFinite(
                 f"hidden state: not finite at the read-out of row {int((~finite).nonzero()[0])} ({tower})"
             )
-        sites = {**dict(zip(OUTER_SITES, (hidden, states), strict=True)), **captured}
+        sites = dict(zip(OUTER_SITES, (hidden, states), strict=True)) | captured
         chosen = None if site is None else sites[site]
         return Output(nn.functional.normalize(read, dim=1), chosen, visibility, valid)
 

@@ -108,12 +108,14 @@ def features(texts: Path) -> Callable[[str], np.ndarray]:
     index = {name: i for i, name in enumerate(names)}
 
     def feature_of(text: str) -> np.ndarray:
-        if text not in index:
+        try:
+            vector: np.ndarray = table[index[text]]
+        except KeyError:
             raise UnknownText(
                 f"text: {text[:60]!r} is not among the {len(names)} that {texts.name} encoded; these records "
                 "are of another template or data than that run"
-            )
-        return np.asarray(table[index[text]])
+            ) from None
+        return vector
 
     return feature_of
 

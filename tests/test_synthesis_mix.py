@@ -49,9 +49,7 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
 def test_pairs_that_fit_are_mixed_in_and_the_others_named(
     way: Literal["adapter", "text"], inputs: dict[str, Path], tmp_path: Path
 ) -> None:
-    template = sections.Template(
-        modality_input=way, max_user_tokens=tiny.LONGEST, max_answer_tokens=32
-    )
+    template = sections.Template(modality_input=way, max_user_tokens=tiny.LONGEST, max_answer_tokens=32)
     mix.run(SimpleNamespace(template=template), inputs, tmp_path, lambda done, total, what: None)
     both = pl.read_parquet(tmp_path / "pairs.parquet")
     assert both.columns == ["sample", "granularity", "query", "answer", "answer_id"]
@@ -66,7 +64,7 @@ def test_pairs_that_fit_are_mixed_in_and_the_others_named(
     assert len(why) == 2 and "max_answer_tokens" in why[0] and "max_user_tokens" in why[1]
 
 
-def test_plain_text_needs_more_room_for_a_query(inputs: dict[str, Path]) -> None:
+def test_plain_text_needs_more_room_for_a_query() -> None:
     """White space between tags is tokens then: what fits as soft tokens may not fit as text."""
     query = "Which food? " * 6
 

@@ -19,12 +19,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
+from typing import TYPE_CHECKING
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ggsm_core.template import MODALITIES
+
+if TYPE_CHECKING:  # every stage imports this module, and only ``stream`` is handed such a file
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 ZONE = "America/New_York"
 """Of The Complete Journey."""
