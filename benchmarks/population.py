@@ -21,7 +21,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import report
 
-from ggsm_core import runs
+from ggsm_core import provenance, runs
 from ggsm_core.data.events import SCHEMA, ZONE
 from ggsm_core.embed import embed
 from ggsm_core.model import UserEncoder
@@ -70,7 +70,7 @@ def measure(users: int) -> dict[str, float]:
         "users": rows,
         "seconds": round(seconds, 1),
         "users_per_second": round(rows / seconds, 1),
-        "peak_mib": round(report.peak_bytes() / 2**20),
+        "peak_mib": round(provenance.peak_memory() / 2**20),
     }
 
 

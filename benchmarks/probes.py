@@ -12,6 +12,7 @@ import joblib
 import numpy as np
 import report
 
+from ggsm_core import provenance
 from ggsm_core.evaluation import Task, probe_tasks
 from ggsm_core.intervals import Households
 
@@ -52,7 +53,7 @@ def measure(samples: int, features: int, jobs: int) -> dict[str, float]:
         "tasks": len(tasks),
         "processes": jobs,
         "seconds": round(time.perf_counter() - start, 1),
-        "peak_mib": round(report.peak_bytes() / 2**20),
+        "peak_mib": round(provenance.peak_memory() / 2**20),
         "mean_auc": round(float(np.mean([r.auc for r in results])), 4),
     }
 

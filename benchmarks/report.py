@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ggsm_core import provenance
@@ -24,12 +23,6 @@ def interleaved(work: dict[str, Callable[[], Any]], repeats: int) -> dict[str, f
             call()
             least[name] = min(least[name], time.perf_counter() - begin)
     return least
-
-
-def peak_bytes() -> int:
-    """Most memory that this process has held. ``ru_maxrss`` would begin with what its parent held."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def write(name: str, measured: dict[str, Any]) -> None:

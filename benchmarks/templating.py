@@ -21,6 +21,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import report
 
+from ggsm_core import provenance
 from ggsm_core.data import bulk, made_up
 from ggsm_core.data.events import ZONE
 from ggsm_core.sections import Template
@@ -54,7 +55,7 @@ def measure(path: Path) -> dict[str, float]:
         "windows": windows,
         "seconds": round(seconds, 1),
         "windows_per_core_second": round(windows / cpu),
-        "peak_gb": round(report.peak_bytes() / 1e9, 2),
+        "peak_gb": round(provenance.peak_memory() / 1e9, 2),
     }
 
 

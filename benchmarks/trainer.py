@@ -34,6 +34,7 @@ from ggsm_core import (
     export,
     order,
     params,
+    provenance,
     runs,
     telemetry,
     template,
@@ -104,7 +105,7 @@ class Clock:
 
     def found(self, batch: int) -> dict[str, float]:
         """What was measured."""
-        peak = report.peak_bytes()
+        peak = provenance.peak_memory()
         return {
             "pairs_per_second": round(batch / self.step, 1),
             "peak_mib": round(peak / 2**20, 1),

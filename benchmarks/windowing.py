@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import polars as pl
 import report
 
+from ggsm_core import provenance
 from ggsm_core.data import windows
 from ggsm_core.sections import Data
 
@@ -35,7 +36,7 @@ def main() -> None:
         "samples": samples,
         "seconds": round(seconds, 2),
         "cpu_seconds": round(cpu_seconds, 2),
-        "peak_gb": round(report.peak_bytes() / 1e9, 2),
+        "peak_gb": round(provenance.peak_memory() / 1e9, 2),
         "cores": os.cpu_count(),
     }
     report.write("windowing", measured)

@@ -78,8 +78,8 @@ def costs(plan: Plan) -> pl.DataFrame:
     embedding_seconds (null where it isn't told apart).
     """
     table = []
-    for stage in ("embed", "sequence", "language", "text", "records"):
-        for node in plan.of_stage(stage) if stage in plan.graph.stages else ():
+    for stage in (name for name, stage in plan.graph.stages.items() if stage.embeds):
+        for node in plan.of_stage(stage):
             folder = plan.store.folder(node.name)
             with safe_open(folder / "embeddings.safetensors", framework="numpy") as file:
                 dimension = file.get_slice("embeddings").get_shape()[1]

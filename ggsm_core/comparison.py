@@ -15,8 +15,9 @@ import numpy as np
 import polars as pl
 
 from ggsm_core.data.tasks import DOMAINS, TASKS
-from ggsm_core.evaluation import AUC_COLUMNS, Progress, households_of, marked
+from ggsm_core.evaluation import AUC_COLUMNS, households_of, marked
 from ggsm_core.intervals import Difference, EvaluationError, Floats, Households, interval, mean_fold_auc
+from ggsm_core.progress import Progress
 
 REFERENCES = ("bidirectional", "causal", "handmade")  # the two plain masks, and what a user has without us
 NONE_SHOWN = "no difference shown"

@@ -143,9 +143,8 @@ class Work:
         row = profile.row(recipe)
         decoder, template, training = _decoder(profile, config), profile.template, row.training
         probes = 0
-        if isinstance(row.options, sections.Guidance) and (warm := row.options.warm_steps):
-            probes = warm * (row.options.estimator == "two_pass")
-            probes += (training.total_steps - warm) * (row.options.freeze == "tower")
+        if isinstance(row.options, sections.Guidance):
+            probes = sum(row.options.probes(step) for step in range(training.total_steps))
         adapter = template.modality_input == "adapter"
         d = decoder.hidden
         return cls(

@@ -33,13 +33,14 @@ from ggsm_core.data import bulk, windows
 from ggsm_core.data.events import DAY, EPOCH, SCHEMA, examine, validate
 from ggsm_core.embedding import embed_all
 from ggsm_core.model import UserEncoder
+from ggsm_core.progress import Progress, silent
 from ggsm_core.provenance import digest, sha256, write_atomically
 from ggsm_core.template import encode_user
 from ggsm_core.text_encoder import TextEncoder
 from ggsm_core.tokens import Sequences
 
 NOTE = "asked.json"
-Progress = Callable[[float, float, str], None]
+NOBODY = "holds not one event, so there is nobody to embed"
 
 
 class EmbedError(ValueError):
@@ -56,7 +57,7 @@ def embed(
     dtype: Literal["float32", "float16"] = "float32",
     part_size: int = 2000,
     texts: Callable[[list[str]], np.ndarray] | None = None,
-    progress: Progress = lambda done, total, message: None,
+    progress: Progress = silent,
 ) -> None:
     """Write ``out``: user, records (Int32), embedding (Array[d]), sorted by user.
 
@@ -88,7 +89,7 @@ def embed(
     day = (anchor - EPOCH).days if anchor is not None else last + 1
     users = log.select(pl.col("user").unique()).collect(engine="streaming")["user"].sort()
     if users.is_empty():
-        raise EmbedError(f"events: {events.name} holds not one event, so there is nobody to embed")
+        raise EmbedError(f"events: {events.name} {NOBODY}")
     parts = _open(out, sha256(events), encoder, [day, history_days, dtype, part_size])
     for start in range(0, len(users), part_size):
         part = parts / f"{start:012d}.parquet"
@@ -116,7 +117,7 @@ def on_ray(
     history_days: int = 90,
     dtype: Literal["float32", "float16"] = "float32",
     texts: Callable[[list[str]], np.ndarray] | None = None,
-    progress: Progress = lambda done, total, message: None,
+    progress: Progress = silent,
 ) -> None:
     """``embed`` on the cluster that Ray is connected to, else on this machine; a GPU for each worker if any.
 
@@ -134,6 +135,8 @@ def on_ray(
     if out.exists():
         raise EmbedError(f"{out}: is there already; delete it, or give another --out")
     files = [events] if events.is_file() else sorted(events.rglob("*.parquet"))
+    if not any(pq.read_metadata(file).num_rows for file in files):
+        raise EmbedError(f"events: {events.name} {NOBODY}")
     stamps = digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
     day = (anchor - EPOCH).days
     parts = _open(out.resolve(), stamps, encoder, [day, history_days, dtype, bulk.BUCKETS])

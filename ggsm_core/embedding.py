@@ -11,9 +11,10 @@ from safetensors.numpy import save_file
 
 from ggsm_core.collation import collate
 from ggsm_core.model import UserEncoder
+from ggsm_core.progress import Progress
 from ggsm_core.template import PAD_TOKEN
 from ggsm_core.text_encoder import features
-from ggsm_core.tokens import Progress, Sequences
+from ggsm_core.tokens import Sequences
 from ggsm_core.towers import build_encoder
 
 

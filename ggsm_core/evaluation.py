@@ -35,8 +35,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from ggsm_core.intervals import Difference, EvaluationError, Floats, Households, Ints, interval, mean_fold_auc
-
-Progress = Callable[[int, int, str], None]
+from ggsm_core.progress import Progress, silent
 
 
 class SingleClassFold(EvaluationError):
@@ -176,7 +175,7 @@ def probe_tasks(
     *,
     probe: Probe = PROBES["linear"],
     jobs: int = 1,
-    progress: Progress = lambda done, total, message: None,
+    progress: Progress = silent,
 ) -> list[ProbeResult]:
     """Probe ``features`` Float[N, d] on every task; ``jobs`` (processes) changes the time only.
 

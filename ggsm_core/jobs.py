@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -18,12 +17,7 @@ from ggsm_core.stages import Node, Plan, check, with_needs
 
 def workers() -> int:
     """Processes at a time: ``GGSM_WORKERS``, or one a core (where all train on one GPU, set fewer)."""
-    asked = os.environ.get("GGSM_WORKERS")
-    if asked is None:
-        return provenance.cores()
-    if not asked.isdigit() or int(asked) < 1:
-        raise ValueError(f"GGSM_WORKERS: {asked!r} is no number of processes; give 1 or more")
-    return int(asked)
+    return provenance.positive("GGSM_WORKERS", provenance.cores())
 
 
 def missing_jobs(plan: Plan, nodes: Iterable[Node], say: Callable[[str], None] = print) -> list[Job]:

@@ -25,9 +25,10 @@ from transformers import PreTrainedTokenizerFast
 from ggsm_core.adapters import Adapters
 from ggsm_core.backbone import load_pretrained, new_decoder, train_tokenizer
 from ggsm_core.collation import collate
+from ggsm_core.progress import Progress
 from ggsm_core.template import RECORD_TOKEN, USER_TOKEN, Encoded, User, encode_answer, encode_user, render
 from ggsm_core.text_encoder import feature_size, features
-from ggsm_core.tokens import Progress, read_users
+from ggsm_core.tokens import read_users
 
 IGNORED = -100
 """A target that the loss leaves out."""

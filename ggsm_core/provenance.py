@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -148,6 +149,25 @@ def machine() -> dict[str, Any]:
         "gpu": gpu,
         "system": platform.system(),
     }
+
+
+def positive(name: str, default: int) -> int:
+    """The whole number of 1 or more in the variable ``name`` of the environment. Raises ``ValueError``."""
+    asked = os.environ.get(name)
+    if asked is None:
+        return default
+    if not asked.isdigit() or int(asked) < 1:
+        raise ValueError(f"{name}: {asked!r}; give a whole number of 1 or more")
+    return int(asked)
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux, where ``ru_maxrss`` would begin with what the parent held
+        lines = status.read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def cores() -> int:

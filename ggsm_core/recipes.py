@@ -195,9 +195,7 @@ class Guided(Recipe):
 
     def wants_probe(self, step: int) -> bool:
         """Does step t need a probe pass: in warm-up (two_pass), or after it by the frozen tower?"""
-        if self.warm(step):
-            return self.options.estimator == "two_pass"
-        return self.options.freeze == "tower" and self.options.warm_steps > 0
+        return self.options.probes(step)
 
     def wants_norms(self, step: int) -> bool:
         """Are the gradient norms of step t's own training pass used later (previous_step)?"""

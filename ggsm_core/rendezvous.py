@@ -8,6 +8,8 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from ggsm_core import provenance
+
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store as KeyValueStore
 
@@ -27,10 +29,7 @@ def gate() -> KeyValueStore:
     from torch.distributed.rendezvous import rendezvous
 
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    asked = os.environ.get("GGSM_RENDEZVOUS_SECONDS", "60")
-    if not asked.isdigit() or int(asked) < 1:
-        raise NoRendezvous(f"GGSM_RENDEZVOUS_SECONDS: {asked!r} is no number of seconds; give 1 or more")
-    seconds = int(asked)
+    seconds = provenance.positive("GGSM_RENDEZVOUS_SECONDS", 60)
     try:
         agents = _moved(seconds) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
         store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=seconds))))

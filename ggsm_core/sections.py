@@ -260,6 +260,12 @@ class Guidance(Section):
         "gradient", "what the weights are made from; all but gradient are controls, see ggsm_core.ablation"
     )
 
+    def probes(self, step: int) -> bool:
+        """Does step t need a probe pass: in warm-up (two_pass), or after it by the frozen tower?"""
+        if step < self.warm_steps:
+            return self.estimator == "two_pass"
+        return self.freeze == "tower" and self.warm_steps > 0
+
     @model_validator(mode="after")
     def _measured(self) -> Guidance:
         if self.source == "attention" and self.estimator != "two_pass":

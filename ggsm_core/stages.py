@@ -61,6 +61,7 @@ class Stage:
     threads: int = 1
     when: Callable[[Profile], bool] = lambda profile: True  # else the profile has no run of it
     aside: bool = False  # a page reads its runs only if it names the stage
+    embeds: bool = False  # its runs hold embeddings.safetensors
 
 
 @dataclass(frozen=True)
@@ -156,24 +157,24 @@ _TABLE = (
     Stage(
         "embed", "ggsm_core.embedding", ("template", "backbone", "lora", "training"),
         ("contrast", "tokens", "texts", "pretrain"),
-        per="recipe", baselines=(ORACLE,), options=True, seconds=15,
+        per="recipe", baselines=(ORACLE,), options=True, seconds=15, embeds=True,
     ),
     Stage(
         "sequence", "ggsm_core.baselines.sequence", ("data", "peers"), ("windows",),
-        per="peer", baselines=SEQUENCE_BASELINES, seconds=90,
+        per="peer", baselines=SEQUENCE_BASELINES, seconds=90, embeds=True,
     ),
     Stage(
         "language", "ggsm_core.baselines.language",
         ("template", "backbone", "lora", "objective", "training", "peers"), ("tokens", "texts", "pretrain"),
-        per="peer", baselines=LANGUAGE_BASELINES, seconds=120,
+        per="peer", baselines=LANGUAGE_BASELINES, seconds=120, embeds=True,
     ),
     Stage(
         "text", "ggsm_core.baselines.text_embeddings", ("data", "template", "text_models"), ("windows",),
-        per="peer", baselines=TEXT_BASELINES, seconds=600,
+        per="peer", baselines=TEXT_BASELINES, seconds=600, embeds=True,
     ),
     Stage(
         "records", "ggsm_core.baselines.records", ("template", "backbone"), ("windows",),
-        per="peer", baselines=RECORD_BASELINES, seconds=20,
+        per="peer", baselines=RECORD_BASELINES, seconds=20, embeds=True,
     ),
     Stage(
         "probe", "ggsm_core.evaluation", ("data", "evaluation"),

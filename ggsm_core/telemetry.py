@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ggsm_core import provenance
 
 TRACED = 3
 """Steps that a trace shows, after two that warm up."""
@@ -53,7 +54,7 @@ def peak_memory_mib(device: torch.device) -> float:
     """The device's peak, or on a CPU the process's."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    return round(provenance.peak_memory() / 2**20, 1)
 
 
 @cache

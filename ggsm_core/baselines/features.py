@@ -8,12 +8,14 @@ from typing import Any
 from ggsm_core.baselines.base import Baseline, Histories
 from ggsm_core.baselines.handmade import Handmade, HandmadeLinear
 from ggsm_core.baselines.rfm import Rfm
-from ggsm_core.evaluation import PROBES, Progress, evaluate
+from ggsm_core.evaluation import PROBES, Probe, evaluate
+from ggsm_core.progress import Progress
 
-SYSTEMS: dict[str, type[Baseline[Histories, Histories]]] = {
-    system.name: system for system in (Rfm, Handmade, HandmadeLinear)
+SYSTEMS: dict[str, tuple[type[Baseline[Histories, Histories]], Probe]] = {
+    system.name: (system, PROBES[probe])
+    for system, probe in ((Rfm, "linear"), (Handmade, "boosted"), (HandmadeLinear, "linear"))
 }
-PROBE = {"rfm": "linear", "handmade": "boosted", "handmade_linear": "linear"}
+"""Name -> the system and the probe that suits it."""
 
 
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
@@ -25,7 +27,8 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
         raise ValueError(f"name: {params.name!r} is no baseline; allowed: {', '.join(SYSTEMS)}")
     windows, days = inputs["windows"], params.data.history_days
     progress(0, 1, f"{params.name}: features")
-    system = SYSTEMS[params.name]().fit(Histories.read(windows, "train", days))
+    kind, probe = SYSTEMS[params.name]
+    system = kind().fit(Histories.read(windows, "train", days))
     users = Histories.read(windows, "probe", days)
     evaluate(
         system.embed(users),
@@ -36,5 +39,5 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
         seed=0,
         evaluation=params.evaluation,
         progress=progress,
-        probe=PROBES[PROBE[system.name]],
+        probe=probe,
     )

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ggsm_core.baselines.base import Baseline, BaselineError, Histories, Train, Users
 from ggsm_core.baselines.visits import Batch, Visits, Vocabulary
+from ggsm_core.progress import Progress
 
 if TYPE_CHECKING:
     from ggsm_core.intervals import Floats, Ints
@@ -42,7 +43,7 @@ class Fitted:
 class Log:
     """metrics.jsonl, a line an epoch, and progress."""
 
-    def __init__(self, out: Path, total: int, progress: Callable[[int, int, str], None]) -> None:
+    def __init__(self, out: Path, total: int, progress: Progress) -> None:
         self._file, self._total, self._progress = out / "metrics.jsonl", total, progress
 
     def __call__(self, **metrics: Any) -> None:

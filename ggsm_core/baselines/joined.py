@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 
 from ggsm_core.baselines.base import BaselineError, Histories
 from ggsm_core.baselines.handmade import Handmade
-from ggsm_core.evaluation import PROBES, Progress, evaluate
+from ggsm_core.evaluation import PROBES, evaluate
+from ggsm_core.progress import Progress
 
 
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:

@@ -18,8 +18,8 @@ from ggsm_core.text_encoder import features
 from ggsm_core.tokens import Sequences
 
 if TYPE_CHECKING:
-    from ggsm_core.evaluation import Progress
     from ggsm_core.intervals import Ints
+    from ggsm_core.progress import Progress
 
 
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:

@@ -25,8 +25,8 @@ from ggsm_core.template import NUMBERS, User
 from ggsm_core.tokens import read_users
 
 if TYPE_CHECKING:
-    from ggsm_core.evaluation import Progress
     from ggsm_core.intervals import Floats, Ints
+    from ggsm_core.progress import Progress
 
 WIDTH = 1 + len(NUMBERS)
 """Columns of a kind: shown or not, and its numbers."""

@@ -13,8 +13,8 @@ from ggsm_core.baselines.msdp import Msdp
 from ggsm_core.baselines.one4all import One4all
 
 if TYPE_CHECKING:
-    from ggsm_core.evaluation import Progress
     from ggsm_core.intervals import Ints
+    from ggsm_core.progress import Progress
 
 SYSTEMS: dict[str, type[SequenceBaseline]] = {system.name: system for system in (Cpc, Coles, Msdp, One4all)}
 

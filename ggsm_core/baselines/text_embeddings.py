@@ -23,8 +23,8 @@ from ggsm_core.text_encoder import MissingEncoder, package_folder
 from ggsm_core.tokens import read_users
 
 if TYPE_CHECKING:
-    from ggsm_core.evaluation import Progress
     from ggsm_core.intervals import Floats, Ints
+    from ggsm_core.progress import Progress
 
 BATCH = 64
 

@@ -28,6 +28,7 @@ import numpy as np
 import polars as pl
 
 from ggsm_core.data.events import part_of_week
+from ggsm_core.progress import Progress
 
 ROOM = 26
 """Words, digits and signs of an answer at most: keeps it below 32 tokens of a BPE that knows its words."""
@@ -266,7 +267,7 @@ def _sentence(head: str, facts: Iterable[str], joint: str = ", ") -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def run(params: Any, inputs: dict[str, Path], out: Path, progress: Callable[[int, int, str], None]) -> None:
+def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
     """Stage ``pairs``: writes pairs.parquet into ``out``."""
     progress(0, 1, "aggregating the futures of the train samples")
     windows = inputs["windows"]

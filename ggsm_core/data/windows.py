@@ -6,7 +6,7 @@ Its future is [a, a + future_days). Inputs come from the history and from facts 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -17,6 +17,7 @@ import polars as pl
 
 from ggsm_core.data import complete_journey, simulate, tasks
 from ggsm_core.data.events import DAY, validate
+from ggsm_core.progress import Progress
 from ggsm_core.template import DAYS, MODALITIES, NUMBERS, Record, User
 
 MIN_VISITS = 3
@@ -238,7 +239,7 @@ def users(records: pl.DataFrame, template: Any) -> Iterator[tuple[int, User]]:
         yield sample, User(user)
 
 
-def run(params: Any, inputs: dict[str, Path], out: Path, progress: Callable[[int, int, str], None]) -> None:
+def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
     """Stage ``windows``: writes events, samples, records, future and labels (.parquet) into ``out``.
 
     ``samples`` has a column ``simulated`` if, and only if, a simulator has filled what the data lacks.

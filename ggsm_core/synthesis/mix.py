@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import polars as pl
 from transformers import PreTrainedTokenizerFast
 
 from ggsm_core.order import QA
+from ggsm_core.progress import Progress
 from ggsm_core.template import AnswerTooLong, QueryTooLong, Record, User, encode_answer, encode_user
 
 
@@ -30,7 +30,7 @@ def misfit(query: str, answer: str, tokenizer: PreTrainedTokenizerFast, template
     return None
 
 
-def run(params: Any, inputs: dict[str, Path], out: Path, progress: Callable[[int, int, str], None]) -> None:
+def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
     """Writes pairs.parquet, with the columns of stage ``pairs``, and left_out.parquet: what does not fit."""
     behaviour = pl.read_parquet(inputs["pairs"] / "pairs.parquet")
     qa = pl.read_parquet(inputs["synthesis"] / "pairs.parquet").select("sample", "query", "answer")

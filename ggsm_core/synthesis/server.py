@@ -12,12 +12,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import openai
+
+from ggsm_core.progress import Progress
 
 MODEL = "SmolLM2-135M-Instruct"
 """The folder that is served, and the name that requests give."""
@@ -93,7 +95,7 @@ def _await(process: subprocess.Popen[bytes], port: int, loading: float, log: Pat
     raise NoServer(f"transformers serve said nothing for {loading:.0f} s; the machine may be too busy")
 
 
-def run(params: Any, inputs: dict[str, Path], out: Path, progress: Callable[[int, int, str], None]) -> None:
+def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
     """Stage ``llm``: the folder that ``serve`` serves."""
     progress(0, 1, f"unpacking {MODEL}")
     prepare(out)

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ggsm_core.progress import Progress
 from ggsm_core.provenance import sha256, write_atomically
 from ggsm_core.synthesis import client, difficulty, history, prompts, questions, rules, scenarios, server
 from ggsm_core.synthesis.budget import Budget, Prices
@@ -36,7 +37,6 @@ from ggsm_core.synthesis.checks import Checker
 from ggsm_core.synthesis.history import History
 from ggsm_core.text_encoder import TextEncoder
 
-Progress = Callable[[int, int, str], None]
 Rows = list[dict[str, Any]]
 CACHE = "GGSM_LLM_CACHE"
 """Environment variable: a folder for answers that were paid for. Default: .llm beside the runs."""
