@@ -28,8 +28,6 @@ SHARED = ("libraries", "params", "data", "profile", "label")  # told once, not w
 TABLES = ("auc.csv", "rows.csv", "differences.csv", "covariance.csv", "labels.csv")
 COSTS = "costs.csv"
 CITATION = provenance.ROOT / "CITATION.cff"
-REFERENCE = "<!-- one section for each module, made from its docstrings -->\n"
-"""The line of ``api.md`` in whose place the reference is put."""
 PICTURE = "_static/result.png"
 """The comparison at a glance. The copy in ``book/`` is the README's; a book shows its own results."""
 
@@ -143,8 +141,8 @@ def assemble(prose: Path, executed: list[Path], results: Path, folder: Path) -> 
     told = json.loads((results / "provenance.json").read_text(encoding="utf-8"))
     (folder / "results" / "status.csv").write_text(pages.status(executed), encoding="utf-8")
     (folder / "results" / "environment.csv").write_text(pages.environment(told), encoding="utf-8")
-    api = folder / "api.md"
-    api.write_text(api.read_text(encoding="utf-8").replace(REFERENCE, pages.reference()), encoding="utf-8")
+    for path in folder.glob("*.md"):
+        path.write_text(pages.with_reference(path.read_text(encoding="utf-8")), encoding="utf-8")
     shutil.copy(CITATION, folder)
     (folder / "notebooks").mkdir(exist_ok=True)
     for path in executed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,7 @@ PROFILES = {
     "gpu": "needs a GPU, and the hub for the decoder's weights",
 }
 """Profiles whose command every page shows, as far as ``params/`` has them."""
-PAPER = ("template", "masks", "guidance", "recipes", "loss", "model", "evaluation")
-"""The modules that are the paper, in the order in which it tells them."""
+_MODULES = re.compile(r"<!-- modules: ([\w.\s]+?) -->")
 
 
 def commands(name: str, published: bool = False) -> dict[str, str]:
@@ -105,17 +105,17 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
-def modules(package: Path = PACKAGE) -> list[str]:
-    """Every module of the package by its full name: the paper's first, then the others."""
-    found = []
-    for path in sorted(package.rglob("*.py")):
-        parts = path.relative_to(package.parent).with_suffix("").parts
-        found.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
-    paper = [f"{package.name}.{name}" for name in PAPER]
-    return [*paper, *(name for name in found if name not in paper)]
+def with_reference(text: str) -> str:
+    """A page whose comment ``<!-- modules: masks loss -->`` has become a section for each of these modules.
 
+    Sphinx describes them from their docstrings; ``ggsm_core`` is the package itself.
+    """
+    section = (
+        "## {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n   :member-order: bysource\n```"
+    )
 
-def reference(package: Path = PACKAGE) -> str:
-    """Markdown that has Sphinx describe every module of the package from its docstrings."""
-    directive = "```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n   :member-order: bysource\n```"
-    return "\n\n".join(f"## {name}\n\n{directive.format(name=name)}" for name in modules(package)) + "\n"
+    def sections(found: re.Match[str]) -> str:
+        names = (name if name == PACKAGE.name else f"{PACKAGE.name}.{name}" for name in found[1].split())
+        return "\n\n".join(section.format(name=name) for name in names)
+
+    return _MODULES.sub(sections, text)
