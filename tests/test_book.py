@@ -37,9 +37,8 @@ def built() -> Path | None:
 
 def toc() -> list[str]:
     content = yaml.safe_load((PROSE / "_toc.yml").read_text(encoding="utf-8"))
-    chapters = [chapter for part in content["parts"] for chapter in part["chapters"]]
-    entries = [entry for chapter in chapters for entry in (chapter, *chapter.get("sections", ()))]
-    return [content["root"], *(entry["file"] for entry in entries)]
+    chapters = [chapter["file"] for part in content["parts"] for chapter in part["chapters"]]
+    return [content["root"], *chapters]
 
 
 BOOK, PAGES = built(), toc()
