@@ -46,6 +46,14 @@ def test_every_row_has_the_same_trials(tmp_path: Path) -> None:
         assert probed == rows and {name: trial.tuned[name] for name in rows} == dict.fromkeys(rows, pace)
 
 
+def test_some_rows_alone_can_be_tuned(tmp_path: Path) -> None:
+    asked = profile(baselines=list(PEERS))
+    trial = tuning.validation(asked, tuning.TRIALS[1], ["ggsm", "cpc"])
+    assert {node.row for node in Plan(GRAPH, trial, Store(tmp_path)).of_stage("probe")} == {"ggsm", "cpc"}
+    with pytest.raises(tuning.TuningError, match="'rfm' is not trained"):
+        tuning.validation(asked, tuning.TRIALS[1], ["rfm"])
+
+
 def test_a_pace_reaches_its_row_and_no_other(tmp_path: Path) -> None:
     names = {"baselines": ["cpc", "found", "instructue"]}
     before = configs(profile(**names), tmp_path)
