@@ -21,7 +21,7 @@ import polars as pl
 from ggsm_core import params, provenance
 from ggsm_core.runs import READS, UndeclaredRun
 
-PROFILES = ("study", "study_new_users", "ablation", "attempts", "study_wide")
+PROFILES = ("study", "study_new_users", "ablation", "attempts", "study_wide", "study_tuned")
 """Profiles whose results are published as they are computed, in that order."""
 TABLES = {
     "auc": ("recipe", "seed", "task", "auc", "ci_low", "ci_high", "n"),
@@ -62,8 +62,9 @@ class Evidence:
 
     @property
     def seeds(self) -> dict[str, int]:
-        """Row -> training seeds behind its numbers."""
-        return dict(self.rows.select("recipe", "seeds").unique(maintain_order=True).iter_rows())
+        """Row -> training seeds behind its numbers; 1 for a row that draws nothing by them."""
+        counts = dict(self.rows.select("recipe", "seeds").unique(maintain_order=True).iter_rows())
+        return {row: 1 if row in params.UNSEEDED_BASELINES else count for row, count in counts.items()}
 
     def has(self, *rows: str) -> list[str]:
         """Those of ``rows`` that have numbers, in the given order."""
@@ -75,8 +76,8 @@ class Evidence:
         return [row for row in (*self.profile.trained, *self.profile.baselines) if row not in self.seeds]
 
     def told(self) -> str:
-        """For readers: how many rows and seeds there are, which are missing, and what one seed can't say."""
-        counts = [self.seeds[row] for row in self.profile.trained if row in self.seeds]
+        """For readers: how many rows and seeds there are, what is missing, and where they come from."""
+        counts = [count for row, count in self.seeds.items() if row not in params.UNSEEDED_BASELINES]
         said = f"results/{self.name}: {len(self.seeds)} rows"
         if counts:
             least, most = min(counts), max(counts)
@@ -91,8 +92,53 @@ class Evidence:
             said += f"; missing: {len(self.absent)} rows, among them {', '.join(self.absent[:3])}."
         else:
             said += f"; missing: {', '.join(self.absent)}."
-        alone = counts and min(counts) == 1
-        return said + (" An interval from one seed is over households alone." if alone else "")
+        if counts and max(counts) == 1:
+            said += " An interval from one seed is over households alone."
+        elif counts and min(counts) == 1:
+            said += (
+                " A row with one seed is compared on that seed, and borrows the spread of those with several."
+            )
+        return f"{said} {self.origin()}"
+
+    def origin(self) -> str:
+        """``Computed from commit 8654283, finished 2026-11-26, on 2 cores.``"""
+        ended = max(str(run["ended"])[:10] for run in self.provenance["runs"])
+        commit, cores = self.provenance["commit"][:7], self.provenance["machine"]["cores"]
+        return f"Computed from commit {commit}, finished {ended}, on {cores} cores."
+
+    def budgets(self) -> pl.DataFrame:
+        """What the trained rows may spend: rows, learning rate, at most, stops early, size."""
+        t, p, b, pre = (
+            self.profile.training,
+            self.profile.peers,
+            self.profile.backbone,
+            self.profile.pretraining,
+        )
+        before = (
+            f"; before that, once for all, {pre.steps} steps as a language model and {pre.adapter_steps} "
+            "with adapters"
+            if pre
+            else ""
+        )
+        peers = [row for row in self.profile.baselines if row in params.PEERS]
+        lines = [
+            (
+                "the masks",
+                f"{t.learning_rate:g}, falling",
+                f"{t.total_steps} steps of {t.batch_size} pairs",
+                "never",
+                f"{b.layers} blocks, d = {b.hidden}{before}",
+            ),
+            (
+                ", ".join(peers),
+                f"{p.learning_rate:g}, constant",
+                f"{p.epochs} epochs in steps of {p.batch_size}",
+                f"{p.patience} epochs without gain on {p.held_out:.0%} of the training households",
+                f"d = {p.hidden}, but for those around the masks' decoder",
+            ),
+        ]
+        columns = ["rows", "learning rate", "at most", "stops early", "size"]
+        return pl.DataFrame(lines, schema=columns, orient="row")
 
     def tuned(self) -> str:
         """One or two sentences for readers: what tuning found, and which rows are shown with it."""

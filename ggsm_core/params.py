@@ -53,18 +53,19 @@ SEQUENCE_BASELINES = ("cpc", "coles", "msdp", "one4all")
 LANGUAGE_BASELINES = ("found", "instructue")
 TEXT_BASELINES = ("minilm", "qwen3_embedding", "kalm", "nemotron")
 RECORD_BASELINES = ("records",)
-UNSEEDED_BASELINES = (*FEATURE_BASELINES, *TEXT_BASELINES, *RECORD_BASELINES)
-"""Rows that draw nothing: a second seed would be the first again."""
+UNSEEDED_BASELINES = ("oracle", *FEATURE_BASELINES, *TEXT_BASELINES, *RECORD_BASELINES)
+"""Rows that draw nothing by a training seed: a second one would be the first again."""
+PEERS = (*SEQUENCE_BASELINES, *LANGUAGE_BASELINES)
+"""The other trained systems, which one section and one rule to stop serve."""
 JOINED = "handmade+"
 """Prefix of a row that has the hand-made features beside another row's embedding: ``handmade+ggsm``."""
 BASELINE_NAMES = (
     *FEATURE_BASELINES,
     "oracle",
-    *SEQUENCE_BASELINES,
-    *LANGUAGE_BASELINES,
+    *PEERS,
     *TEXT_BASELINES,
     *RECORD_BASELINES,
-    *(JOINED + row for row in (*RECIPE_NAMES, *SEQUENCE_BASELINES, *LANGUAGE_BASELINES)),
+    *(JOINED + row for row in (*RECIPE_NAMES, *PEERS)),
 )
 
 
@@ -209,7 +210,7 @@ class Profile(Section):
                 )
         if unknown := [name for name in self.baselines if name not in BASELINE_NAMES]:
             raise ValueError(f"baselines: {unknown} unknown; allowed: {', '.join(BASELINE_NAMES)}")
-        paced = {*RECIPE_NAMES, *SEQUENCE_BASELINES, *LANGUAGE_BASELINES}
+        paced = {*RECIPE_NAMES, *PEERS}
         if unknown := sorted(set(self.tuned) - paced):
             raise ValueError(f"tuned: {unknown} are not trained; allowed: {', '.join(sorted(paced))}")
         trained = {*self.trained, *self.baselines}

@@ -227,6 +227,23 @@ def signed(value: float, low: float, high: float, decimals: int = 4) -> str:
     return f"{value:+.{decimals}f} [{low:+.{decimals}f}, {high:+.{decimals}f}]".replace("-", "−")
 
 
+def across(gaps: pl.DataFrame, *beside: str) -> pl.DataFrame:
+    """One line a row of ``gaps`` (columns row, ``beside`` and those of a paired difference), for readers.
+
+    Each reference becomes a column: the difference with its interval, and the verdict where one is shown.
+    """
+    shown = pl.struct("difference", "ci_low", "ci_high").map_elements(
+        lambda gap: signed(*gap.values()), return_dtype=pl.String
+    )
+    verdict = (
+        pl.when(pl.col("verdict") == comparison.NONE_SHOWN)
+        .then(pl.lit(""))
+        .otherwise(" " + pl.col("verdict"))
+    )
+    cells = gaps.select("row", *beside, to=pl.format("minus {}", "reference"), cell=shown + verdict)
+    return cells.pivot("to", index=["row", *beside], values="cell")
+
+
 def between(value: float, low: float, high: float, decimals: int = 3) -> str:
     """``0.712 [0.701, 0.722]``, on one line."""
     return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]".replace(" ", "\u00a0")

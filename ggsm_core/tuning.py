@@ -19,7 +19,7 @@ from pathlib import Path
 import polars as pl
 
 from ggsm_core import params
-from ggsm_core.params import LANGUAGE_BASELINES, SEQUENCE_BASELINES, Profile, Tuned
+from ggsm_core.params import PEERS, Profile, Tuned
 
 TRIALS = tuple(Tuned(rate=rate) for rate in (1.0, 0.2, 5.0))
 """The budget of every row; a tie goes to the earlier one, and so to the profile as it is.
@@ -41,7 +41,7 @@ def validation(profile: Profile, pace: Tuned, rows: Sequence[str] = ()) -> Profi
             f"data.train_anchors: {data.train_anchors}; no future ends before the anchor to "
             f"probe, {last}; give an earlier one"
         )
-    peers = [name for name in profile.baselines if name in (*SEQUENCE_BASELINES, *LANGUAGE_BASELINES)]
+    peers = [name for name in profile.baselines if name in PEERS]
     known = [*profile.recipes.active, *peers]
     if unknown := [row for row in rows if row not in known]:
         raise TuningError(f"recipes: {unknown[0]!r} is not trained; these are: {', '.join(known)}")

@@ -1,7 +1,9 @@
 """What published tables say: paired differences, rows that can't be told apart, orders that agree.
 
 Every interval here is over households and training seeds, from the tables' covariances; p-values are normal
-and corrected by Holm over the family that a call asks for, no larger and no smaller.
+and corrected by Holm over the family that a call asks for, no larger and no smaller. A row that was trained
+once says nothing of its spread over seeds: it is compared on its own seed, and the spread is taken from the
+rows that were trained several times (``spread``).
 
 R rows, S simulated tables.
 """
@@ -18,8 +20,10 @@ from scipy.special import ndtr
 
 from ggsm_core.comparison import LEVEL, MEAN, holm
 from ggsm_core.comparison import NONE_SHOWN as NONE_SHOWN
+from ggsm_core.data.tasks import TASKS
 from ggsm_core.evidence import Evidence, EvidenceError
 from ggsm_core.intervals import Floats
+from ggsm_core.params import UNSEEDED_BASELINES
 
 Z = 1.959964
 """Standard errors from the middle of a normal 95 % interval to its end."""
@@ -56,23 +60,86 @@ def covariance(evidence: Evidence, rows: Sequence[str], task: str = MEAN) -> Flo
         raise EvidenceError(f"results/{evidence.name}: no covariance of {pair} on {task!r}") from None
 
 
-def gaps(evidence: Evidence, pairs: Iterable[tuple[str, str]], task: str = MEAN) -> pl.DataFrame:
+def by_seed(evidence: Evidence, row: str, task: str = MEAN) -> dict[int, float]:
+    """Training seed -> AUC on a task, on a domain (plain average of its tasks), or on the mean."""
+    tasks = [one.name for one in TASKS if one.domain == task] or [task]
+    found = evidence.auc.filter(pl.col("recipe") == row, pl.col("task").is_in(tasks))
+    return dict(found.group_by("seed").agg(pl.col("auc").mean()).sort("seed").iter_rows())
+
+
+def spread(evidence: Evidence, task: str = MEAN) -> tuple[float, float] | None:
+    """What a training seed moves: variance of one row's AUC, and of the difference of two rows on one seed.
+
+    Means over the recipes and variants with several seeds, on the seeds that all of these share (``ddof`` 1);
+    None where no two rows have two seeds in common.
+    """
+    several = [row for row in evidence.profile.trained if evidence.seeds.get(row, 0) > 1]
+    values = [by_seed(evidence, row, task) for row in several]
+    shared = sorted(set.intersection(*map(set, values))) if values else []
+    if len(values) < 2 or len(shared) < 2:
+        return None
+    auc = np.array([[one[seed] for seed in shared] for one in values])
+    paired = [np.var(a - b, ddof=1) for a, b in combinations(auc, 2)]
+    return float(auc.var(axis=1, ddof=1).mean()), float(np.mean(paired))
+
+
+def gaps(
+    evidence: Evidence, pairs: Iterable[tuple[str, str]], task: str = MEAN, *, like: Evidence | None = None
+) -> pl.DataFrame:
     """Paired differences of (row, reference) pairs, one family: columns of differences.csv, p and ``seeds``.
 
-    ``seeds`` is the smaller number of the two. Pairs of which one has no numbers are left out.
+    ``seeds`` is the smaller number of the two, of rows that draw by a seed. Where it is 1, the difference is
+    that of the seed which both have, and its variance has the ``spread`` over seeds in ``like`` added
+    (``evidence`` itself by default); where there is none, the interval is over households alone. Pairs of
+    which one has no numbers are left out.
     """
     pairs = [(row, reference) for row, reference in pairs if len(evidence.has(row, reference)) == 2]
     lines = []
     for row, reference in pairs:
         point = float(np.subtract(*points(evidence, (row, reference), task)))
         (one, both), (_, other) = covariance(evidence, (row, reference), task)
-        error = float(np.sqrt(max(one + other - 2 * both, 0.0)))
+        variance = max(one + other - 2 * both, 0.0)
+        drawn = [name for name in (row, reference) if name not in UNSEEDED_BASELINES]
+        seeds = min((evidence.seeds[name] for name in drawn), default=1)
+        if drawn and seeds == 1:
+            point = _on_one_seed(evidence, row, reference, task)
+            over_seeds = spread(like or evidence, task)
+            variance += over_seeds[len(drawn) - 1] if over_seeds else 0.0
+        error = float(np.sqrt(variance))
         p = float(2 * ndtr(-abs(point) / error)) if error > 0 else float(point == 0)
-        seeds = min(evidence.seeds[row], evidence.seeds[reference])
         lines.append((row, reference, task, seeds, point, point - Z * error, point + Z * error, p))
     columns = ("row", "reference", "task", "seeds", "difference", "ci_low", "ci_high", "p")
     types = (*[pl.String] * 3, pl.Int64, *[pl.Float64] * 4)
     return corrected(pl.DataFrame(lines, schema=dict(zip(columns, types, strict=True)), orient="row"))
+
+
+def _on_one_seed(evidence: Evidence, row: str, reference: str, task: str) -> float:
+    """The mean difference on the seeds that both rows have; a row that draws nothing has all of them."""
+    one, other = (by_seed(evidence, name, task) for name in (row, reference))
+    if row in UNSEEDED_BASELINES:
+        one = dict.fromkeys(other, next(iter(one.values())))
+    if reference in UNSEEDED_BASELINES:
+        other = dict.fromkeys(one, next(iter(other.values())))
+    if not (shared := one.keys() & other.keys()):
+        raise EvidenceError(
+            f"results/{evidence.name}: {row!r} and {reference!r} have no training seed in common"
+        )
+    return float(np.mean([one[seed] - other[seed] for seed in shared]))
+
+
+def twins(evidence: Evidence, rows: Sequence[str]) -> dict[str, str]:
+    """Row -> an earlier one with the same AUC, digit by digit, on all tasks and shared seeds: one encoder."""
+    auc = {
+        row: dict(zip(of.select("seed", "task").iter_rows(), of["auc"], strict=True))
+        for row in evidence.has(*rows)
+        for of in [evidence.auc.filter(recipe=row)]
+    }
+    found: dict[str, str] = {}
+    for row, other in combinations(auc, 2):
+        shared = auc[row].keys() & auc[other].keys()
+        if shared and other not in found and all(auc[row][key] == auc[other][key] for key in shared):
+            found[other] = found.get(row, row)
+    return found
 
 
 def corrected(gaps: pl.DataFrame) -> pl.DataFrame:
@@ -153,6 +220,8 @@ def judge(table: pl.DataFrame, planned: int, *, one_is_enough: bool = False) -> 
 
 def counted(table: pl.DataFrame) -> str:
     """``better 1, worse 0, no difference shown 4``."""
+    if table.is_empty():
+        return "nothing to compare yet"
     words = ("better", "worse", NONE_SHOWN)
     return ", ".join(f"{word} {(table['verdict'] == word).sum()}" for word in words)
 

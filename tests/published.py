@@ -62,7 +62,10 @@ def publish(
             costs.append((row, seed, 64 + 8 * len(costs) % 128, 30.0 + len(row), 5.0 + seed))
             stage = "baseline" if row in params.FEATURE_BASELINES else "probe"
             stage = "joined" if row.startswith(params.JOINED) else stage
-            runs.append({"row": row, "seed": None if stage == "baseline" else seed, "stage": stage})
+            ended = "2026-01-02T03:04:05+00:00"
+            runs.append(
+                {"row": row, "seed": None if stage == "baseline" else seed, "stage": stage, "ended": ended}
+            )
     tables = {
         "auc": pl.DataFrame(auc, schema=AUC_COLUMNS, orient="row"),
         "rows": comparison.averages(points, draws, [*NAMES, comparison.MEAN], dict(rows)),

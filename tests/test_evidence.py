@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -43,7 +44,52 @@ def test_what_was_published_is_read(root: Path) -> None:
 def test_one_seed_is_said_to_say_less(root: Path) -> None:
     published.publish(root, "ablation", {"ggsm": 2, "ggsm_constant": 1})
     said = evidence.load("ablation").told()
-    assert "1 to 2 seeds of 5 planned" in said and said.endswith("is over households alone.")
+    assert "1 to 2 seeds of 5 planned" in said and "borrows the spread of those with several" in said
+    published.publish(root, "attempts", {"bidirectional": 1, "no_margin": 1})
+    said = evidence.load("attempts").told()
+    assert "An interval from one seed is over households alone." in said
+    assert said.endswith("Computed from commit 0000000, finished 2026-01-02, on 2 cores.")
+
+
+def test_a_row_trained_once_is_compared_on_its_seed_with_a_borrowed_spread(root: Path) -> None:
+    """Against a slow computation from the tables: the seed they share, and the variance that seeds add."""
+    published.publish(root, "ablation", {"causal": 3, "bidirectional": 3, "ggsm": 3, "ggsm_constant": 1})
+    found = evidence.load("ablation")
+    auc = {(row, seed): value for row, seed, value in found.auc.filter(task="mean")[:, [0, 1, 3]].iter_rows()}
+    rows = ("causal", "bidirectional", "ggsm")
+    pairs = [np.var([auc[a, s] - auc[b, s] for s in range(3)], ddof=1) for a, b in combinations(rows, 2)]
+    single, paired = verdicts.spread(found) or (0.0, 0.0)
+    assert paired == pytest.approx(np.mean(pairs))
+    assert single == pytest.approx(np.mean([np.var([auc[r, s] for s in range(3)], ddof=1) for r in rows]))
+    got = verdicts.gaps(found, [("ggsm_constant", "ggsm")]).row(0, named=True)
+    assert got["difference"] == pytest.approx(auc["ggsm_constant", 0] - auc["ggsm", 0])
+    (one, both), (_, other) = verdicts.covariance(found, ("ggsm_constant", "ggsm"))
+    assert ((got["ci_high"] - got["ci_low"]) / 2 / verdicts.Z) ** 2 == pytest.approx(
+        one + other - 2 * both + paired
+    )
+    alone = evidence.load("study")
+    assert verdicts.gaps(alone, [("ggsm", "bidirectional")])["seeds"][0] == 2  # and nothing borrowed
+
+
+def test_a_row_that_draws_nothing_has_every_seed(root: Path) -> None:
+    study = evidence.load("study")
+    got = verdicts.gaps(study, [("ggsm", "handmade")]).row(0, named=True)
+    assert got["seeds"] == 2
+    assert got["difference"] == pytest.approx(
+        float(np.subtract(*verdicts.points(study, ("ggsm", "handmade"))))
+    )
+
+
+def test_rows_that_agree_in_every_digit_are_named(root: Path) -> None:
+    study = evidence.load("study")
+    copied = study.auc.filter(recipe="ggsm").with_columns(recipe=pl.lit("again"))
+    both = replace(
+        study,
+        auc=pl.concat([study.auc, copied]),
+        rows=pl.concat([study.rows, study.rows.filter(recipe="ggsm").with_columns(recipe=pl.lit("again"))]),
+    )
+    assert verdicts.twins(both, ["ggsm", "causal", "again"]) == {"again": "ggsm"}
+    assert verdicts.twins(study, list(ROWS)) == {}
 
 
 def test_what_is_read_is_what_the_pipeline_writes() -> None:

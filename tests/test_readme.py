@@ -6,9 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
+
+from ggsm_core import evidence, verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,3 +44,21 @@ def test_every_make_target_named_is_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     named = set(re.findall(r"(?:`|^|\| )make ([a-z][a-z-]*)", README, re.M))
     assert len(named) > 5 and named <= targets
+
+
+def test_what_it_says_of_the_study_is_in_the_tables() -> None:
+    """The four numbers and the two verdicts under the picture."""
+    study = evidence.load("study")
+    said = [float(number) for number in re.findall(r"\b0\.7\d\d\b", README)]
+    masks = [row for row in study.profile.recipes.active if row in study.seeds]
+    auc = verdicts.points(study, masks)
+    others = verdicts.points(study, ["oracle", "handmade"])
+    assert said == [round(float(value), 3) for value in (auc.min(), auc.max(), *others)]
+    assert (
+        f"with {('', 'one', 'two', 'three', 'four', 'five')[min(study.seeds[m] for m in masks)]} seeds"
+        in README
+    )
+    told = verdicts.gaps(study, list(combinations(masks, 2)))
+    assert set(told["verdict"]) == {verdicts.NONE_SHOWN}
+    above = study.differences.filter(row="oracle", reference="bidirectional", task="mean")
+    assert above["verdict"].to_list() == ["better"]

@@ -9,12 +9,11 @@ import polars as pl
 import pytest
 
 from ggsm_core import params, tuning
-from ggsm_core.params import LANGUAGE_BASELINES, SEQUENCE_BASELINES, Profile, ProfileError, Tuned
+from ggsm_core.params import PEERS, Profile, ProfileError, Tuned
 from ggsm_core.runs import Store
 from ggsm_core.stages import GRAPH, Plan
 
 QUICK = Path(__file__).resolve().parents[1] / "params" / "quick.yaml"
-PEERS = (*SEQUENCE_BASELINES, *LANGUAGE_BASELINES)
 
 
 def profile(**more: Any) -> Profile:
