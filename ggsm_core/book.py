@@ -26,7 +26,7 @@ SECONDS = 45.0
 TOOLS = ("jupyter-book", "sphinx", "myst-nb", "myst-parser", "sphinx-book-theme", "sphinx-mathjax-offline")
 SHARED = ("libraries", "params", "data", "profile", "label")  # told once, not with each run
 TABLES = ("auc.csv", "rows.csv", "differences.csv", "covariance.csv", "labels.csv")
-COSTS = "costs.csv"
+COSTS, LEARNING = "costs.csv", "learning.csv"
 CITATION = provenance.ROOT / "CITATION.cff"
 PICTURE = "_static/result.png"
 """The comparison at a glance. The copy in ``book/`` is the README's; a book shows its own results."""
@@ -48,6 +48,7 @@ def write_results(plan: Plan, folder: Path, notebooks: Path) -> None:
             folder / table, (plan.store.folder(compare.name) / table).read_text(encoding="utf-8")
         )
     provenance.write_atomically(folder / COSTS, costs(plan).write_csv(float_precision=1))
+    provenance.write_atomically(folder / LEARNING, learning(plan).write_csv(float_precision=6))
     whole = whole_runs(plan.all(), plan.store)  # all but those that only a page is about
     runs = [run.provenance | {"run": name} for name, run in whole.items()]
     last = runs[-1]
@@ -62,7 +63,7 @@ def write_results(plan: Plan, folder: Path, notebooks: Path) -> None:
             {key: value for key, value in run.items() if key not in SHARED}
             for run in runs
         ],
-        "tables": {path.name: provenance.sha256(path) for path in map(folder.joinpath, (*TABLES, COSTS))},
+        "tables": {name: provenance.sha256(folder / name) for name in (*TABLES, COSTS, LEARNING)},
         "notebooks": {path.stem: seconds(notebooks, path.stem) for path in sorted(notebooks.glob("*.ipynb"))},
     }  # fmt: skip
     provenance.write_atomically(folder / "provenance.json", json.dumps(result, indent=1) + "\n")
@@ -88,6 +89,18 @@ def costs(plan: Plan) -> pl.DataFrame:
     kinds = (pl.String, pl.Int64, pl.Int64, pl.Float64, pl.Float64)
     columns = ("recipe", "seed", "dimension", "training_seconds", "embedding_seconds")
     return pl.DataFrame(table, schema=dict(zip(columns, kinds, strict=True)), orient="row")
+
+
+def learning(plan: Plan) -> pl.DataFrame:
+    """What contrastive training did in each of its runs: recipe, seed and ``story.outcome``."""
+    from ggsm_core import story  # draws, and is slow to import
+
+    nodes = plan.of_stage("contrast") if "contrast" in plan.graph.stages else []
+    table = [
+        {"recipe": node.row, "seed": node.seed, **story.outcome(Run(plan.store.folder(node.name)).metrics())}
+        for node in nodes
+    ]
+    return pl.DataFrame(table, schema=None if table else ["recipe", "seed"])
 
 
 def key(prose: Path, executed: list[Path], results: Path) -> str:

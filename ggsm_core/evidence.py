@@ -32,6 +32,8 @@ TABLES = {
     "costs": ("recipe", "seed", "dimension", "training_seconds", "embedding_seconds"),
 }
 """Table -> its columns."""
+LEARNING = "learning"
+"""What training did in each run (``story.outcome``): a table that older publications lack."""
 TRIALS = "tuning.csv"
 """What ``tuning`` found for each row, where it was asked; no part of what ``study`` publishes."""
 SCORED = ("probe", "baseline", "joined")
@@ -57,6 +59,7 @@ class Evidence:
     covariance: pl.DataFrame
     labels: pl.DataFrame
     costs: pl.DataFrame
+    learning: pl.DataFrame | None
     provenance: dict[str, Any]
     profile: params.Profile
 
@@ -174,7 +177,7 @@ def profile(name: str) -> params.Profile:
 
 def hashes(name: str) -> dict[str, str]:
     """File -> sha256 of all that a page may read; {} where nothing is published."""
-    files = (*(f"{table}.csv" for table in TABLES), "provenance.json", TRIALS)
+    files = (*(f"{table}.csv" for table in (*TABLES, LEARNING)), "provenance.json", TRIALS)
     paths = [folder(name) / file for file in files]
     return {path.name: provenance.sha256(path) for path in paths if path.is_file()}
 
@@ -211,7 +214,8 @@ def load(name: str) -> Evidence:
         raise EvidenceError(f"results/{name}: row {row!r}, seed {seed} is in {where}; {_mend(name)}")
     if lost := sorted({row for row, _ in shown} ^ set(tables["rows"]["recipe"])):
         raise EvidenceError(f"results/{name}: rows.csv and auc.csv differ in row {lost[0]!r}; {_mend(name)}")
-    return Evidence(name, **tables, provenance=told, profile=profile(name))
+    learning = _table(name, LEARNING) if f"{LEARNING}.csv" in told["tables"] else None
+    return Evidence(name, **tables, learning=learning, provenance=told, profile=profile(name))
 
 
 def _mend(name: str) -> str:
@@ -233,7 +237,7 @@ def _table(name: str, table: str) -> pl.DataFrame:
     if not path.is_file():
         raise EvidenceError(f"results/{name}/{table}.csv is missing; {_mend(name)}")
     found = pl.read_csv(path, infer_schema_length=None)
-    if lacking := [column for column in TABLES[table] if column not in found.columns]:
+    if lacking := [column for column in TABLES.get(table, ("recipe", "seed")) if column not in found.columns]:
         raise EvidenceError(
             f"results/{name}/{table}.csv has no column {lacking[0]!r}, only {', '.join(found.columns)}; "
             f"{_mend(name)}"

@@ -107,24 +107,25 @@ def ends(metrics: pl.DataFrame, *names: str) -> dict[str, tuple[float, float]]:
     return {name: (float(s[:count].mean()), float(s[-count:].mean())) for name, s in series.items()}
 
 
-def learned(profile: str, rows: Sequence[str]) -> pl.DataFrame:
-    """What contrastive training did, over the last tenth of the steps of each row's first seed.
+def outcome(metrics: pl.DataFrame) -> dict[str, float]:
+    """What contrastive training did, over the last tenth of a run's steps.
 
     loss beside chance, the loss log(1 + true negatives) of an encoder that gives all one embedding; positive
     and negative, the mean cosines of pairs and of all others; apart, their difference, and apart at first,
     over the first tenth. Collapsed is where chance and loss are equal and both cosines 1: the loss has fallen
     all the same.
     """
-    table = []
-    for row in rows:
-        metrics = runs.ensure(profile, "contrast", row).metrics()
-        metrics = metrics.with_columns(
-            chance=(1 + pl.col("true_negatives")).log(), apart=pl.col("positive") - pl.col("negative")
-        )
-        found = ends(metrics, "loss", "chance", "positive", "negative", "apart")
-        last = {name: pair[1] for name, pair in found.items()}
-        table.append({"row": row, **last, "apart at first": found["apart"][0]})
-    return pl.DataFrame(table)
+    metrics = metrics.with_columns(
+        chance=(1 + pl.col("true_negatives")).log(), apart=pl.col("positive") - pl.col("negative")
+    )
+    found = ends(metrics, "loss", "chance", "positive", "negative", "apart")
+    return {name: pair[1] for name, pair in found.items()} | {"apart at first": found["apart"][0]}
+
+
+def learned(profile: str, rows: Sequence[str]) -> pl.DataFrame:
+    """The ``outcome`` of each row's first seed."""
+    ran = {row: runs.ensure(profile, "contrast", row) for row in rows}
+    return pl.DataFrame([{"row": row, **outcome(run.metrics())} for row, run in ran.items()])
 
 
 def gaps(profile: str, rows: Sequence[str], reference: str) -> pl.DataFrame:

@@ -34,7 +34,8 @@ def run(params, inputs, out, progress):
     if behaviour.exists():
         exec(behaviour.read_text())
     with (out / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 1, "loss": float(double(params.seed))}) + "\\n")
+        measured = {"true_negatives": 3.0, "positive": 0.9, "negative": 0.1}
+        file.write(json.dumps({"step": 1, "loss": float(double(params.seed))} | measured) + "\\n")
     read = (inputs["windows"] / "windows.txt").read_text()
     (out / "weights.txt").write_text(f"{params.recipe} {params.options} {read}")
     print("trained")
