@@ -149,6 +149,8 @@ def assemble(prose: Path, executed: list[Path], results: Path, folder: Path) -> 
         shutil.rmtree(folder)
     shutil.copytree(prose, folder, ignore=shutil.ignore_patterns("_build"))
     shutil.copytree(results, folder / "results")
+    if not (results / LEARNING).is_file():  # tables that were published before it was kept
+        (folder / "results" / LEARNING).write_text("recipe,seed\n", encoding="utf-8")
     (folder / PICTURE).parent.mkdir(exist_ok=True)
     figures.result(pl.read_csv(results / "auc.csv")).savefig(folder / PICTURE, dpi=150)
     told = json.loads((results / "provenance.json").read_text(encoding="utf-8"))
