@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmserver import Act, Server, serving
@@ -213,8 +214,7 @@ def test_difficulty_is_one_minus_the_cosine(encoder: TextEncoder) -> None:
     found = difficulty.hard_to_align(encoder, lefts, rights)
     for score, left, right in zip(found, lefts, rights, strict=True):
         a, b = (encoder.encode([text], max_tokens=512)[0].astype(float) for text in (left, right))
-        cosine = sum(x * y for x, y in zip(a, b, strict=True)) / (np.linalg.norm(a) * np.linalg.norm(b))
-        assert score == pytest.approx(1 - cosine, abs=1e-6)
+        assert score == pytest.approx(reference.difficulty(a, b), abs=1e-6)
     assert difficulty.hard_to_align(encoder, [], []).shape == (0,)
     same = difficulty.hard_to_align(encoder, ["cheese"], ["cheese"])
     assert same == pytest.approx(0.0, abs=1e-6) and (found > same + 0.1).all()
