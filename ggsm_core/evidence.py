@@ -144,25 +144,31 @@ class Evidence:
         return pl.DataFrame(lines, schema=columns, orient="row")
 
     def tuned(self) -> str:
-        """One or two sentences for readers: what tuning found, and which rows are shown with it."""
+        """For readers: what tuning found, which rows are shown without it, and which had no trial."""
         path = folder(self.name) / TRIALS
         if not path.is_file():
             return "No row was tuned: each has the learning rate and the length that the profile gives it."
-        trials = pl.read_csv(path)
+        trials, plain = pl.read_csv(path), params.Tuned()
         chosen = trials.filter("chosen").select("row", "rate", "length").iter_rows()
         best = {row: params.Tuned(rate=rate, length=length) for row, rate, length in chosen}
-        plain = params.Tuned()
-        other = [
-            f"{row} (rate × {pace.rate:g}, length × {pace.length:g})"
-            for row, pace in best.items()
-            if pace != plain
-        ]
-        without = sorted(row for row, pace in best.items() if self.profile.tuned.get(row, plain) != pace)
-        return (
-            f"Tuned inside the training period, {len(trials) // len(best)} trials for each of {len(best)} "
-            f"rows (`results/{self.name}/{TRIALS}`); better at another pace than the profile's: "
-            f"{', '.join(other) or 'none'}."
-        ) + (f" Shown without it here: {', '.join(without)}." if without else "")
+        found = dict[str, list[str]]()
+        for row, pace in best.items():
+            factors = {"learning rate": pace.rate, "length": pace.length}
+            moved = [f"{name} × {factor:g}" for name, factor in factors.items() if factor != 1]
+            found.setdefault(", ".join(moved) or "the profile's own pace", []).append(row)
+        rows = [*self.profile.recipes.active, *(row for row in self.profile.baselines if row in params.PEERS)]
+        without = [row for row, pace in best.items() if self.profile.tuned.get(row, plain) != pace]
+        everyone = "all of them" if without == list(best) else ""
+        untried = [row for row in rows if row not in best]
+        return " ".join(
+            [
+                f"Tuned inside the training period, {len(trials) // len(best)} trials for each of "
+                f"{len(best)} rows (`results/{self.name}/{TRIALS}`).",
+                *(f"Best at {pace}: {', '.join(some)}." for pace, some in found.items()),
+                *([f"Shown here without it: {everyone or ', '.join(without)}."] if without else []),
+                *([f"Not tuned: {', '.join(untried)}."] if untried else []),
+            ]
+        )
 
 
 def folder(name: str) -> Path:

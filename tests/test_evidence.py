@@ -252,6 +252,7 @@ def test_what_tuning_found_is_told_with_what_is_shown(root: Path) -> None:
     before = evidence.hashes("study")
     trials.write_csv(root / "results" / "study" / evidence.TRIALS)
     told = evidence.load("study").tuned()
-    assert "2 trials for each of 2 rows" in told and "profile's: causal (rate × 3, length × 1)." in told
-    assert told.endswith("Shown without it here: causal.")
+    assert "2 trials for each of 2 rows" in told
+    assert "Best at the profile's own pace: ggsm. Best at learning rate × 3: causal." in told
+    assert "Shown here without it: causal. Not tuned: hybrid_segment," in told
     assert evidence.hashes("study") != before  # a page that tells of it is made again
