@@ -21,7 +21,15 @@ import polars as pl
 from ggsm_core import params, provenance
 from ggsm_core.runs import READS, UndeclaredRun
 
-PROFILES = ("study", "study_new_users", "ablation", "attempts", "study_wide", "study_tuned", "study_no_margin")
+PROFILES = (
+    "study",
+    "study_new_users",
+    "ablation",
+    "attempts",
+    "study_wide",
+    "study_tuned",
+    "study_no_margin",
+)
 """Profiles whose results are published as they are computed, in that order."""
 TABLES = {
     "auc": ("recipe", "seed", "task", "auc", "ci_low", "ci_high", "n"),
@@ -108,6 +116,17 @@ class Evidence:
         ended = max(str(run["ended"])[:10] for run in self.provenance["runs"])
         commit, cores = self.provenance["commit"][:7], self.provenance["machine"]["cores"]
         return f"Computed from commit {commit}, finished {ended}, on {cores} cores."
+
+    def ended(self) -> pl.DataFrame:
+        """Mean cosine of a user to the own answer and to the others as training ended: row, own, others.
+
+        Means over seeds; no line for a row that was not trained, or published before this was kept.
+        """
+        if self.learning is None:
+            return pl.DataFrame(schema={"row": pl.String, "own": pl.Float64, "others": pl.Float64})
+        means = pl.col("positive", "negative").mean()
+        ended = self.learning.group_by(row="recipe", maintain_order=True).agg(means)
+        return ended.rename({"positive": "own", "negative": "others"})
 
     def budgets(self) -> pl.DataFrame:
         """What the trained rows may spend: rows, learning rate, at most, stops early, size."""

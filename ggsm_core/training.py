@@ -200,12 +200,16 @@ class Trainer:
         """Raise ``Diverged`` for a loss that no training on its way down has.
 
         Cosines bound it by 2 / tau + log(3B). Half of the way, 1 / tau + log(3B), means that negatives lie
-        nearer than the positives by a cosine of 1: training runs against its objective.
+        nearer than the positives by a cosine of 1: training runs against its objective. A pre-trained decoder
+        may begin there (all users in one direction, all answers in another), so that this counts once the
+        learning rate has risen.
         """
-        limit = 1 / self.params.objective.temperature + math.log(3 * batch)
+        training = self.params.training
+        share = 1 if self.step >= training.lr_warm_share * training.total_steps else 2
+        limit = share / self.params.objective.temperature + math.log(3 * batch)
         if not loss <= limit:
             raise Diverged(
-                f"step {self.step}: loss {loss:.4g} is not below {limit:.4g} (1 / tau + log 3B); "
+                f"step {self.step}: loss {loss:.4g} is not below {limit:.4g} ({share} / tau + log 3B); "
                 "lower training.learning_rate"
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -155,8 +156,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(
 def test_an_exploding_loss_stops_before_the_update(corpus: dict[str, Path]) -> None:
     of = fleet.trainer(corpus, fleet.settings("causal"), torch.float32)
     before = {k: v.clone() for k, v in of.encoder.state_dict().items()}
+    of._check_loss(5.5, 7)  # as pre-trained; log(21) + 2 / tau is above
+    with pytest.raises(training.Diverged, match=r"step 0: loss nan is not below 7.045"):
+        of._check_loss(math.nan, 7)
+    of.step = of.params.training.total_steps - 1
     of._check_loss(2.0 + 3.0, 7)  # log(21) + 1 / tau is just above
-    with pytest.raises(training.Diverged, match=r"step 0: loss 5.5 is not below 5.045"):
+    with pytest.raises(training.Diverged, match=r"loss 5.5 is not below 5.045"):
         of._check_loss(5.5, 7)
     assert all(torch.equal(v, before[k]) for k, v in of.encoder.state_dict().items())
 
