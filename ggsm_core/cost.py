@@ -263,6 +263,10 @@ def estimate(
     Raises:
         CostError: devices that can't share the batch, or a model that fits nowhere.
     """
+    if devices < 1:
+        raise CostError(f"devices: {devices}; give 1 or more")
+    if not 0 < mfu <= 1:
+        raise CostError(f"mfu: {mfu:g} is no share of the peak; give a number above 0, at most 1")
     if work.batch % devices:
         raise CostError(f"devices: {devices} can't share a batch of {work.batch} evenly")
     share = work.batch // devices

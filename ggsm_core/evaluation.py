@@ -368,11 +368,22 @@ def paired_difference(
     bootstrap: int = 1000,
     households: Households | None = None,
 ) -> Difference:
-    """AUC of out-of-fold ``scores_a`` [n] minus that of ``scores_b`` [n], under the same resamples."""
+    """AUC of out-of-fold ``scores_a`` [n] minus that of ``scores_b`` [n], under the same resamples.
+
+    Raises ``EvaluationError``, also as ``MissingValue`` or ``SingleClassFold``.
+    """
     households = households or Households.of(groups, folds=folds, seed=seed, bootstrap=bootstrap)
     a, b = np.asarray(scores_a, dtype=np.float64), np.asarray(scores_b, dtype=np.float64)
+    if a.shape != b.shape:
+        raise EvaluationError(
+            f"scores_b: {b.shape} scores beside {a.shape} of scores_a; give one of each a row"
+        )
     task = make_task("difference", np.arange(len(a)), labels, groups, households)
+    for name, scores in (("scores_a", a), ("scores_b", b)):
+        if not (finite := np.isfinite(scores)).all():
+            raise MissingValue(f"{name}: {scores[~finite][0]} in row {int(np.flatnonzero(~finite)[0])}")
     fold, weights = households.fold[task.household], households.weights[task.household]
+    _check_task(task, fold, range(int(fold.max()) + 1))
     point = mean_fold_auc(a, task.labels, fold) - mean_fold_auc(b, task.labels, fold)
     draws = mean_fold_auc(a, task.labels, fold, weights) - mean_fold_auc(b, task.labels, fold, weights)
     return Difference.of(float(point[0]), draws)

@@ -21,15 +21,7 @@ import polars as pl
 from ggsm_core import params, provenance
 from ggsm_core.runs import READS, UndeclaredRun
 
-PROFILES = (
-    "study",
-    "study_new_users",
-    "ablation",
-    "attempts",
-    "study_wide",
-    "study_tuned",
-    "study_no_margin",
-)
+PROFILES = ("study", "study_new_users", "ablation", "attempts", "study_wide", "study_tuned")
 """Profiles whose results are published as they are computed, in that order."""
 TABLES = {
     "auc": ("recipe", "seed", "task", "auc", "ci_low", "ci_high", "n"),
@@ -198,6 +190,16 @@ def folder(name: str) -> Path:
 def profile(name: str) -> params.Profile:
     """The profile ``name`` of params/. Raises ``params.ProfileError``."""
     return params.load(provenance.ROOT / "params" / f"{name}.yaml")
+
+
+def check_own(given: params.Profile) -> None:
+    """Raises ``EvidenceError`` if ``given`` has the name of a profile of params/ and is another."""
+    path = provenance.ROOT / "params" / f"{given.name}.yaml"
+    if path.is_file() and params.load(path) != given:
+        raise EvidenceError(
+            f"name: {given.name!r} is that of params/{path.name}, whose results this profile, which differs, "
+            "would be taken for; give it a name of its own"
+        )
 
 
 def hashes(name: str) -> dict[str, str]:

@@ -185,7 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         profile = params.load(given.profile)
-    except params.ProfileError as problem:
+        if given.processes is not None and given.processes < 1:
+            raise ValueError(f"--processes: {given.processes}; give 1 or more")
+    except ValueError as problem:
         print(problem, file=sys.stderr)
         return 1
     lines = checks(profile, look(profile), given.processes)

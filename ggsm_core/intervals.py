@@ -75,7 +75,14 @@ class Difference:
     @classmethod
     def of(cls, difference: float, draws: Floats) -> Difference:
         """From bootstrap draws [R]. p is normal (difference over the draws' standard deviation): a count
-        of R draws can't go below 1/R, where a correction for many comparisons has to look."""
+        of R draws can't go below 1/R, where a correction for many comparisons has to look.
+
+        Raises ``EvaluationError`` for draws that are no numbers.
+        """
+        if not (np.isfinite(draws).all() and np.isfinite(difference)):
+            raise EvaluationError(
+                "difference: a draw is no number; each resample needs scores and both labels"
+            )
         spread = float(draws.std())
         p = float(2 * ndtr(-abs(difference) / spread)) if spread > 0 else float(difference == 0)
         return cls(float(difference), *interval(draws), p)

@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -103,8 +103,10 @@ class Variant(Section):
 class Tuned(Section):
     """What tuning chose for a row, as multiples of what the profile says for all (``ggsm_core.tuning``)."""
 
-    rate: float = field(1.0, "times the learning rate", gt=0.0)
-    length: float = field(1.0, "times the steps or epochs, and a recipe's warm-up with them", gt=0.0)
+    rate: float = field(1.0, "times the learning rate", gt=0.0, le=1000.0)
+    length: float = field(
+        1.0, "times the steps or epochs, and a recipe's warm-up with them", gt=0.0, le=1000.0
+    )
 
 
 class Row(NamedTuple):
@@ -134,7 +136,9 @@ class Profile(Section):
     variants: dict[str, Variant] = field({}, "more rows: name -> recipe, and what differs")
     tuned: dict[str, Tuned] = field({}, "row -> its pace; a variant has its recipe's")
     evaluation: Evaluation = Evaluation()
-    seeds: list[int] = field([0], "one training run per recipe and seed")
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = field(
+        [0], "one training run per recipe and seed", min_length=1
+    )
     baselines: list[str] = field(
         ["rfm", "handmade", "oracle"],
         f"rows beside the recipes, of {', '.join(name for name in BASELINE_NAMES if JOINED not in name)}, "
@@ -208,6 +212,16 @@ class Profile(Section):
                     f"{where}.grad_site: {site[0]!r}, but the decoder has layers "
                     f"0 to {self.backbone.layers - 1}"
                 )
+        for where, values in (("seeds", self.seeds), ("baselines", self.baselines)):
+            if twice := [value for at, value in enumerate(values) if value in values[:at]]:
+                raise ValueError(f"{where}: {twice[0]!r} stands there twice")
+        if not (self.trained or self.baselines):
+            raise ValueError("recipes, variants, baselines: not one row is left; a profile has at least one")
+        probed = self.data.households and self.data.households // (1 + (self.data.protocol == "new_users"))
+        if probed is not None and self.evaluation.folds > probed:
+            raise ValueError(
+                f"evaluation.folds: {self.evaluation.folds} of {probed} households; a fold needs at least one"
+            )
         if unknown := [name for name in self.baselines if name not in BASELINE_NAMES]:
             raise ValueError(f"baselines: {unknown} unknown; allowed: {', '.join(BASELINE_NAMES)}")
         paced = {*RECIPE_NAMES, *PEERS}
@@ -265,15 +279,30 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands in a mapping twice, where YAML would keep the last and say nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As PyYAML's, once all keys are found to be different."""
+        keys = set[str]()
+        for key, _ in node.value:
+            if key.value in keys:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} stands here a second time", key.start_mark
+                )
+            keys |= {key.value} if isinstance(key.value, str) else set()
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise ProfileError(f"{path}: no such profile; profiles are YAML files in params/")
     if path.resolve() in seen:
         raise ProfileError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ProfileError(f"{path}: not YAML: {error}") from None
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that is none
+        raise ProfileError(f"{path}: not YAML in UTF-8: {error}") from None
     if not isinstance(raw, dict):
         raise ProfileError(f"{path}: a profile is a mapping of fields, not {type(raw).__name__}")
     parent = raw.pop("extends", None)
@@ -300,9 +329,13 @@ def _explain(error: ValidationError, path: Path) -> str:
 def _allowed(location: tuple[int | str, ...]) -> str:
     section: Any = Profile
     for part in location[:-1]:
+        if get_origin(section) is dict:  # the part is a key of its own, of variants or tuned
+            section = get_args(section)[1]
+            continue
         annotation = section.model_fields[str(part)].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+        options = [annotation, *get_args(annotation)]
+        models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        section = annotation if get_origin(annotation) is dict else models[0]
     return ", ".join(section.model_fields)
 
 

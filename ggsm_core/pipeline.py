@@ -29,6 +29,7 @@ def make(profile: Path, target: str = "book", say: Callable[[str], None] = print
     """Bring ``target`` up to date. Raises ``JobFailed``, or a ``ValueError`` that says what to do."""
     began = time.monotonic()
     loaded = params.load(profile)
+    evidence.check_own(loaded)
     root = provenance.ROOT
     build, results = root / "build" / loaded.name, root / "results" / loaded.name
     if target == "book":

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 READS = "GGSM_READS"
 """Environment variable: a file that names the runs which the executing notebook declared, and no other."""
+CONFIG = "run.json"
+"""Not config.json: that is a decoder's, where a run saves one."""
 UNCHECKED = {MANIFEST, "log.txt"}  # the log may still grow by what the interpreter says when it ends
 
 
@@ -42,7 +44,7 @@ class UndeclaredRun(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder holds config.json, provenance.json, log.txt and what the stage wrote."""
+    """A finished run: its folder holds run.json, provenance.json, log.txt and what the stage wrote."""
 
     folder: Path
 
@@ -54,7 +56,7 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """All that the run depends on; the hash of this is its id."""
-        return self._json("config.json")
+        return self._json(CONFIG)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -124,7 +126,7 @@ class Store:
         if folder.exists() and not resume:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.json", json.dumps(config, indent=1))
+        write_atomically(folder / CONFIG, json.dumps(config, indent=1))
         return folder
 
     def finish(self, name: str, provenance: dict[str, Any]) -> Run:

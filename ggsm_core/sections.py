@@ -50,6 +50,9 @@ class Data(Section):
     def _no_leak(self) -> Data:
         if not self.train_anchors or not self.probe_anchors:
             raise ValueError("train_anchors and probe_anchors need at least one day each")
+        for name, days in (("train_anchors", self.train_anchors), ("probe_anchors", self.probe_anchors)):
+            if len(set(days)) < len(days):
+                raise ValueError(f"{name}: {days} names a day twice")
         if max(self.train_anchors) + self.future_days > min(self.probe_anchors):
             raise ValueError(
                 f"train_anchors: the future window of anchor {max(self.train_anchors)} ends on day "
@@ -77,6 +80,11 @@ class Template(Section):
 
     @model_validator(mode="after")
     def _one_decoder(self) -> Template:
+        counts = (self.bill, self.minipro, self.spm, self.app, self.search, self.tabular)
+        if not any(counts):
+            raise ValueError(
+                "bill, minipro, spm, app, search, tabular: all 0; a user needs records to be read"
+            )
         if self.max_answer_tokens > self.max_user_tokens:
             raise ValueError(
                 f"max_answer_tokens: {self.max_answer_tokens} is above max_user_tokens = "
@@ -328,4 +336,4 @@ class Evaluation(Section):
 
     folds: int = field(5, "folds, grouped by household", "folds", ge=3)
     seed: int = field(0, "of folds and bootstrap", ge=0)
-    bootstrap: int = field(1000, "household resamples", "resamples", ge=100)
+    bootstrap: int = field(1000, "household resamples", "resamples", ge=100, le=100_000)

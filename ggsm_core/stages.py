@@ -35,7 +35,7 @@ from ggsm_core.params import (
 )
 from ggsm_core.runs import DamagedRun, Run, Store
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the meaning of a config or a run's folder changes: no older run is used then."""
 ORACLE = "oracle"
 """The row of the decoder before contrastive training: read under the causal mask, without a contrast run."""

@@ -103,8 +103,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def act() -> int:
         profiles = [evidence.profile(name) for name in given.profiles.split(",")]
         if given.recipes or given.seeds:
+            if given.finished:
+                raise UnknownRun("--finished: publishes all that is whole; leave --recipes and --seeds out")
             rows = [row for row in given.recipes.split(",") if row]
             seeds = [_number(seed) for seed in given.seeds.split(",") if seed]
+            if not (rows or seeds):
+                raise UnknownRun("--recipes, --seeds: name at least one, as ggsm,causal or 0,1")
             for profile, only in part(profiles, rows, seeds):
                 for row, seed, auc, published in again(profile, only).iter_rows():
                     told = "not published" if published is None else f"published {published:.6f}"

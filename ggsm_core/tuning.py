@@ -45,6 +45,10 @@ def validation(profile: Profile, pace: Tuned, rows: Sequence[str] = ()) -> Profi
     known = [*profile.recipes.active, *peers]
     if unknown := [row for row in rows if row not in known]:
         raise TuningError(f"recipes: {unknown[0]!r} is not trained; these are: {', '.join(known)}")
+    if not known:
+        raise TuningError(
+            "recipes, baselines: no row of this profile is trained, so there is nothing to tune"
+        )
     kept = [row for row in known if not rows or row in rows]
     change = {
         "data": data.model_dump()
@@ -107,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def act() -> int:
         profile = params.load(given.profile)
+        evidence.check_own(profile)
         trials = tune(profile, [row for row in given.recipes.split(",") if row])
         out = evidence.folder(profile.name) / evidence.TRIALS
         out.parent.mkdir(parents=True, exist_ok=True)

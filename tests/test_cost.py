@@ -132,6 +132,14 @@ def test_what_the_paper_profile_needs() -> None:
 def test_what_cannot_be_told_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     quick = params.load(PARAMS / "quick.yaml")
     work = cost.Work.of(quick, "ggsm")
+    for devices, mfu, words in (
+        (0, 0.4, "devices: 0"),
+        (-2, 0.4, "devices: -2"),
+        (1, 0.0, "mfu"),
+        (1, -3.0, "mfu"),
+    ):
+        with pytest.raises(cost.CostError, match=words):
+            cost.estimate(work, cost.A100, devices, mfu=mfu)
     with pytest.raises(cost.CostError, match="devices: 3 can't share a batch of 128"):
         cost.estimate(work, cost.A100, 3)
     with pytest.raises(cost.CostError, match=r"small.*leave no room.*LoRA"):

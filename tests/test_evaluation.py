@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -269,6 +270,26 @@ def test_a_setting_read_out_on_the_way_is_the_model_fitted_to_it() -> None:
 
 
 # --- paired differences -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (
+            lambda a, b, y: (a, np.where(np.arange(len(b)) == 7, np.nan, b), y),
+            "MissingValue",
+            "scores_b: nan in row 7",
+        ),
+        (lambda a, b, y: (a, b[:-1], y), "EvaluationError", "scores_b"),
+        (lambda a, b, y: (a, b, 0 * y), "SingleClassFold", "all"),
+        (lambda a, b, y: (a, b, y[:-1]), "EvaluationError", "labels"),
+    ],
+)
+def test_a_paired_difference_of_what_has_none_is_refused(change: Any, error: str, words: str) -> None:
+    rng = np.random.default_rng(0)
+    a, b, y = change(rng.normal(size=60), rng.normal(size=60), np.arange(60) % 2)
+    with pytest.raises(getattr(evaluation, error), match=words):
+        paired_difference(a, b, y, np.arange(60) // 2, bootstrap=100)
 
 
 def test_paired_difference_is_narrow_where_two_rows_make_the_same_errors() -> None:

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ggsm_core import params
-from ggsm_core.params import Profile, ProfileError
+from ggsm_core.params import RECIPE_NAMES, Profile, ProfileError
+from ggsm_core.template import MODALITIES
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = sorted((ROOT / "params").glob("*.yaml"))
@@ -64,6 +65,27 @@ def test_every_profile_loads_and_is_named_after_its_file(path: Path) -> None:
             {"name": "mine", "backbone": {"kind": "smollm2"}, "pretraining": None, "baselines": ["records"]},
             ["baselines", "records", "smollm2"],
         ),
+        ({"name": "mine", "variants": {"a": {"recipe": "ggsm", "foo": 1}}}, ["variants.a.foo", "options"]),
+        ({"name": "mine", "tuned": {"ggsm": {"foo": 1}}}, ["tuned.ggsm.foo", "rate, length"]),
+        ({"name": "mine", "tuned": {"ggsm": {"length": float("inf")}}}, ["tuned.ggsm.length", "inf"]),
+        ({"name": "mine", "seeds": []}, ["seeds", "at least 1"]),
+        ({"name": "mine", "seeds": [0, -1]}, ["seeds.1", "-1"]),
+        ({"name": "mine", "seeds": [10**26]}, ["seeds.0"]),
+        ({"name": "mine", "seeds": [3, 4, 3]}, ["seeds", "3", "twice"]),
+        ({"name": "mine", "baselines": ["rfm", "rfm"]}, ["baselines", "'rfm'", "twice"]),
+        (
+            {"name": "mine", "baselines": [], "recipes": dict.fromkeys(RECIPE_NAMES)},
+            ["recipes", "not one row"],
+        ),
+        ({"name": "mine", "data": {"households": 40}, "evaluation": {"folds": 41}}, ["folds", "41 of 40"]),
+        ({"name": "mine", "data": {"train_anchors": [90, 90]}}, ["train_anchors", "twice"]),
+        ({"name": "mine", "template": dict.fromkeys(MODALITIES, 0)}, ["template", "all 0"]),
+        ({"name": "mine", "evaluation": {"bootstrap": 10**12}}, ["evaluation.bootstrap", "100000"]),
+        (
+            "name: mine\ntraining: {batch_size: 8}\nseeds: [0]\ntraining: {}\n",
+            ["'training'", "line 4", "second"],
+        ),
+        ("name: mine\nseeds: [2017-13-45]\n", ["not YAML", "month"]),
         ({"name": "My Profile"}, ["name", "My Profile"]),
         ({}, ["name"]),
         ("- a\n- b\n", ["mapping", "list"]),

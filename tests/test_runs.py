@@ -37,7 +37,7 @@ def test_a_run_tells_where_it_comes_from(toy: Toy) -> None:
     plan = toy.plan()
     (run,) = toy.compute(plan, plan.node("contrast", "ggsm"))
     assert run.config == plan.node("contrast", "ggsm").config
-    assert run.metrics().to_dicts() == [{"step": 1, "loss": 0.0}]
+    assert run.metrics().select("step", "loss").to_dicts() == [{"step": 1, "loss": 0.0}]
     assert (run.folder / "log.txt").read_text() == "trained\n"
     told = run.provenance
     assert told["row"] == "ggsm" and told["seed"] == 0 and told["threads"] == 1
@@ -47,6 +47,14 @@ def test_a_run_tells_where_it_comes_from(toy: Toy) -> None:
     assert {"commit", "uncommitted_changes", "params", "data", "code"} <= told.keys()
     text = (run.folder / "provenance.json").read_text()
     assert os.uname().nodename not in text.replace("Linux", "") and str(Path.home()) not in text
+
+
+def test_what_a_run_depends_on_outlives_a_stage_that_saves_a_decoder(toy: Toy) -> None:
+    toy.behave('(out / "config.json").write_text("{}")')
+    node = toy.plan().node("contrast", "ggsm")
+    (run,) = toy.compute(toy.plan(), node)
+    assert (run.folder / "config.json").read_text() == "{}" and run.config == node.config
+    assert run.name.endswith(provenance.digest(run.config)[:12])
 
 
 def test_a_change_recomputes_what_depends_on_it_and_nothing_else(toy: Toy) -> None:

@@ -50,6 +50,16 @@ def project(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Toy:
     return toy
 
 
+@pytest.mark.parametrize(
+    ("given", "words"), [(["--finished", "--seeds", "0"], "--finished"), (["--recipes", ","], "at least one")]
+)
+def test_an_order_that_contradicts_itself_computes_nothing(
+    given: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert study.main(["--profiles", "study", *given]) == 1
+    assert words in capsys.readouterr().err
+
+
 def test_what_is_whole_is_published_and_nothing_else_is_computed(project: Toy) -> None:
     profile = small(name="study", seeds=[0, 1])
     with pytest.raises(UnknownRun, match="no row is computed yet; `make study`"):
