@@ -329,7 +329,16 @@ def test_the_environment_must_say_where_the_server_is(monkeypatch: pytest.Monkey
     with pytest.raises(MissingAddress, match="OPENAI_BASE_URL") as problem:
         from_environment()
     assert KEY not in str(problem.value)
+    for address in ("localhost:8000/v1", "not a url", " http://127.0.0.1:9/v1"):
+        monkeypatch.setenv("OPENAI_BASE_URL", address)
+        with pytest.raises(MissingAddress, match=r"OPENAI_BASE_URL: .*as http://"):
+            from_environment()
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "schlüssel")
+    with pytest.raises(MissingAddress, match="OPENAI_API_KEY") as problem:
+        from_environment()
+    assert "schl" not in str(problem.value)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     client = from_environment()
     assert isinstance(client, openai.OpenAI) and client.api_key == KEY
     client.close()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
 
 import openai
 from openai.types.chat import ChatCompletion
@@ -306,4 +307,12 @@ def from_environment() -> openai.OpenAI:
             f"synthesis.server: environment, and {' and '.join(lacking)} not set there; a server that wants "
             "no key takes any word"
         )
+    address = os.environ["OPENAI_BASE_URL"]
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname or address != address.strip():
+        raise MissingAddress(
+            f"OPENAI_BASE_URL: {address!r} is no address; give one as http://127.0.0.1:8000/v1"
+        )
+    if not (key := os.environ["OPENAI_API_KEY"]).isascii() or not key.isprintable():
+        raise MissingAddress("OPENAI_API_KEY: holds a character that no header may have; set it again")
     return openai.OpenAI()
