@@ -30,7 +30,18 @@ import pyarrow.parquet as pq
 import torch
 
 from ggsm_core.data import bulk, windows
-from ggsm_core.data.events import DAY, EPOCH, SCHEMA, examine, validate
+from ggsm_core.data.events import (
+    DAY,
+    EPOCH,
+    READERS,
+    SCHEMA,
+    EventError,
+    apart,
+    examine,
+    open_log,
+    reading,
+    validate,
+)
 from ggsm_core.embedding import embed_all
 from ggsm_core.model import UserEncoder
 from ggsm_core.progress import Progress, silent
@@ -40,7 +51,6 @@ from ggsm_core.text_encoder import TextEncoder
 from ggsm_core.tokens import Sequences
 
 NOTE = "asked.json"
-NOBODY = "holds not one event, so there is nobody to embed"
 
 
 class EmbedError(ValueError):
@@ -75,12 +85,18 @@ def embed(
         progress: called with users done, users in all and a message.
 
     Raises:
-        EventError: rows that break the schema, by line and kind.
+        EventError: no log; rows that break the schema, by line and kind; a window without any event.
         EmbedError: an encoder without template, or parts of another call.
     """
+    apart(events, out)
+    if part_size < 1:
+        raise EmbedError(f"part_size: {part_size} is no number of users to hold in memory; give 1 or more")
+    if events.is_dir():
+        raise EventError(f"{events}: a folder, which the engine ray reads; give a file; {READERS}")
     embedded = _Embedder(encoder, history_days, dtype, texts)
-    log = pl.scan_parquet(events)
-    examine(log).refuse()
+    log = open_log(events, anchor, history_days)
+    with reading(events):
+        examine(log).refuse()
     last = log.select(DAY.max()).collect(engine="streaming").item()
     if last is None and anchor is None:
         raise EmbedError(
@@ -88,8 +104,6 @@ def embed(
         )
     day = (anchor - EPOCH).days if anchor is not None else last + 1
     users = log.select(pl.col("user").unique()).collect(engine="streaming")["user"].sort()
-    if users.is_empty():
-        raise EmbedError(f"events: {events.name} {NOBODY}")
     parts = _open(out, sha256(events), encoder, [day, history_days, dtype, part_size])
     for start in range(0, len(users), part_size):
         part = parts / f"{start:012d}.parquet"
@@ -127,16 +141,16 @@ def on_ray(
 
     Raises:
         EmbedError: as ``embed``; or ``out`` is there already.
-        EventError: rows that break the schema.
+        EventError: as ``embed``.
     """
     import ray
 
+    apart(events, out)
     embedded = _Embedder(encoder, history_days, dtype, texts)
     if out.exists():
         raise EmbedError(f"{out}: is there already; delete it, or give another --out")
     files = [events] if events.is_file() else sorted(events.rglob("*.parquet"))
-    if not any(pq.read_metadata(file).num_rows for file in files):
-        raise EmbedError(f"events: {events.name} {NOBODY}")
+    open_log(events, anchor, history_days)
     stamps = digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
     day = (anchor - EPOCH).days
     parts = _open(out.resolve(), stamps, encoder, [day, history_days, dtype, bulk.BUCKETS])
@@ -176,8 +190,7 @@ def _keep(table: pl.DataFrame, part: Path) -> None:
 
 def _open(out: Path, events: str, encoder: UserEncoder, settings: list[Any]) -> Path:
     """The folder of parts, new or left by the same call."""
-    weights = digest([f"{k} {v.float().sum().item()}" for k, v in encoder.trained_state().items()])
-    asked = {"events": events, "encoder": weights, "settings": settings}
+    asked = {"events": events, "encoder": encoder.fingerprint(), "settings": settings}
     folder = out.with_name(out.name + ".parts")
     note = folder / NOTE
     if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != asked:

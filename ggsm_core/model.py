@@ -7,6 +7,7 @@ Both towers are this one module; they differ in their template and in what the r
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
@@ -25,6 +27,7 @@ from ggsm_core.adapters import Adapters
 from ggsm_core.adapters import EncoderError as EncoderError
 from ggsm_core.backbone import check_mask, positions
 from ggsm_core.collation import Batch, locate
+from ggsm_core.provenance import digest
 from ggsm_core.sections import AnswerMask, Lora, Template
 from ggsm_core.sharding import spread_like, whole
 from ggsm_core.template import EOS_TOKEN, RECORD_TOKEN, SPECIAL_TOKENS, USER_TOKEN
@@ -286,7 +289,12 @@ class UserEncoder(nn.Module):
         save_file({k: v.contiguous() for k, v in state.items()}, folder / "encoder.safetensors")
         self._base().config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        description = {
+        described = json.dumps(self.description(), indent=2)
+        (folder / "encoder.json").write_text(described + "\n", encoding="utf-8")
+
+    def description(self) -> dict[str, Any]:
+        """What makes this encoder, beside its weights, tokenizer and the decoder's configuration."""
+        return {
             "recipe": self.recipe.name,
             "options": self.recipe.options.model_dump(),
             "total_steps": self.recipe.total_steps,
@@ -297,51 +305,97 @@ class UserEncoder(nn.Module):
             "template": self.template.model_dump() if self.template is not None else None,
             "attention": self._base().config._attn_implementation,
         }
-        (folder / "encoder.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+    def fingerprint(self) -> str:
+        """Hex sha256 of all that makes an embedding, each weight's bytes included, also the frozen ones."""
+        # Without what tells how it came here, and what each call of the tokenizer sets anew.
+        config = self._base().config.to_dict() | dict.fromkeys(("_name_or_path", "architectures", "dtype"))
+        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        tokenizer |= dict.fromkeys(("padding", "truncation"))
+        made = hashlib.sha256(digest([self.description(), config, tokenizer]).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            made.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            made.update(whole(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return made.hexdigest()
 
     @classmethod
     def load(cls, folder: Path, base: Path | None = None) -> UserEncoder:
         """Read what ``save`` wrote, ready for ``embed``.
 
         With LoRA, ``base`` is the folder of the decoder it was trained on: only the update was saved.
-        Raises ``EncoderError`` if a key is missing, unexpected or misshapen.
+        Raises ``EncoderError`` for a folder that is none or damaged, by file and field.
         """
-        description = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-        lora = Lora(**description["lora"]) if description["lora"] else None
-        attention = description["attention"]
-        if lora is None:
-            config = AutoConfig.from_pretrained(folder)
-            decoder = AutoModel.from_config(config, attn_implementation=attention)
+        with _reading(folder / "encoder.json") as file:
+            description = _Description.model_validate_json(file.read_bytes())
+        if description.lora is None:
+            with _reading(folder / "config.json"):
+                config = AutoConfig.from_pretrained(folder)
+                decoder = AutoModel.from_config(config, attn_implementation=description.attention)
         elif base is None:
             raise EncoderError(
                 f"{folder.name}: holds LoRA weights only; give base, the folder of its decoder"
             )
         else:
-            decoder = load_decoder(base, attention)
-        name = description["recipe"]
+            decoder = load_decoder(base, description.attention)
+        name = description.recipe
         if name not in recipes.RECIPES:
             raise EncoderError(
                 f"{folder.name}: was trained with recipe {name!r}, which is not registered here"
             )
-        recipe = recipes.build(
-            name,
-            recipes.RECIPES[name].section.model_validate(description["options"]),
-            total_steps=description["total_steps"],
-            hidden_size=decoder.config.hidden_size,
-            max_length=description["max_length"],
-        )
+        with _reading(folder / "encoder.json"):
+            recipe = recipes.build(
+                name,
+                recipes.RECIPES[name].section.model_validate(description.options),
+                total_steps=description.total_steps,
+                hidden_size=decoder.config.hidden_size,
+                max_length=description.max_length,
+            )
+        with _reading(folder / "tokenizer.json"):
+            # AutoTokenizer would choose a class by model type, and with it another way to split text.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         encoder = cls(
             decoder,
-            # AutoTokenizer would choose a class by model type, and with it another way to split text.
-            PreTrainedTokenizerFast.from_pretrained(folder),
+            tokenizer,
             recipe,
-            features=description["features"],
-            lora=lora,
-            answer_mask=description["answer_mask"],
-            template=Template(**description["template"]) if description["template"] else None,
+            features=description.features,
+            lora=description.lora,
+            answer_mask=description.answer_mask,
+            template=description.template,
         )
-        encoder.load_trained_state(load_file(folder / "encoder.safetensors"))
+        with _reading(folder / "encoder.safetensors") as file:
+            encoder.load_trained_state(load_file(file))
         return encoder.eval()
+
+
+_REMEDY = "give a folder that UserEncoder.save wrote, or save the encoder anew"
+
+
+class _Description(BaseModel):
+    """``UserEncoder.description``, as its file must have it."""
+
+    model_config = ConfigDict(strict=True)
+
+    recipe: str
+    options: dict[str, Any]
+    total_steps: int
+    max_length: PositiveInt
+    features: PositiveInt | None
+    lora: Lora | None
+    answer_mask: AnswerMask
+    template: Template | None
+    attention: str
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[Path]:
+    """Whatever a library makes of a missing or damaged ``file`` of an encoder, as ``EncoderError``."""
+    try:
+        yield file
+    except ValidationError as error:
+        faults = "; ".join(": ".join(map(str, (*fault["loc"], fault["msg"]))) for fault in error.errors())
+        raise EncoderError(f"{file}: {faults}; {_REMEDY}") from None
+    except Exception as error:  # tokenizers raises no other kind
+        raise EncoderError(f"{file}: missing or damaged ({error}); {_REMEDY}") from error
 
 
 def load_decoder(folder: Path, attention: str) -> PreTrainedModel:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -62,9 +63,36 @@ def test_order_and_company_change_nothing() -> None:
 
 
 def test_a_user_without_records_has_no_text(tmp_path: Path) -> None:
-    events = log(3).filter(pl.col("time").is_not_null())
-    bulk.local(write(events, tmp_path / "log"), tmp_path / "texts", **(SETTINGS | {"anchor": EPOCH}))
-    assert pl.read_parquet(tmp_path / "texts")["text"].null_count() == 3
+    day = pl.col("time").dt.date()
+    first = pl.col("user") == pl.col("user").min()
+    events = log(3).filter(pl.when(first).then(day < date(2017, 7, 1)).otherwise(day >= date(2017, 7, 1)))
+    bulk.local(write(events, tmp_path / "log"), tmp_path / "texts", **SETTINGS)
+    assert pl.read_parquet(tmp_path / "texts")["text"].is_null().to_list() == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("more", "rows", "said"),
+    [
+        ({"anchor": EPOCH}, 99, "2016-10-03 to 2016-12-31; .*log has 2017-"),
+        ({"history_days": 0}, 99, "history_days: 0"),
+        ({"history_days": -5}, 99, "history_days: -5"),
+        ({}, 0, "log: holds not one event"),
+    ],
+)
+def test_a_log_without_any_text_is_refused(
+    tmp_path: Path, more: dict[str, Any], rows: int, said: str
+) -> None:
+    with pytest.raises(EventError, match=said):
+        bulk.local(write(log(3).head(rows), tmp_path / "log"), tmp_path / "texts", **(SETTINGS | more))
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_the_input_is_never_the_output(tmp_path: Path) -> None:
+    path = write(log(3), tmp_path / "log")
+    for engine in (bulk.local, bulk.on_ray):
+        with pytest.raises(EventError, match=r"--out: .* is the input"):
+            engine(path, path, **SETTINGS)
+    assert pl.read_parquet(path).equals(log(3))
 
 
 def test_no_user_is_cut_in_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,11 @@ import tiny
 from polars.testing import assert_frame_equal
 
 from ggsm_core import collation, embed, model, sections, template
-from ggsm_core.data import windows
+from ggsm_core.data import bulk, windows
 from ggsm_core.data.events import EPOCH, SCHEMA, EventError, validate
 
 ANCHOR = date(2017, 7, 26)  # the day after the last event
+TEMPLATED = {"anchor": ANCHOR, "history_days": 90, "template": sections.Template()}
 TEXTS = tiny.WORDS.split(", ")
 
 
@@ -145,11 +146,90 @@ def test_parts_of_another_call_are_not_mixed_in(tmp_path: Path) -> None:
 
     with pytest.raises(Cut):
         run(tmp_path, log(20), progress=stop)
-    for more in ({"history_days": 30}, {"dtype": "float16"}, {"encoder": encoder(layers=1)}):
+    other = encoder()
+    other.template = sections.Template(bill=4, app=2, max_user_tokens=tiny.LONGEST)
+    for more in ({"history_days": 30}, {"dtype": "float16"}, {"encoder": other}):
         with pytest.raises(embed.EmbedError, match="another model, log or setting"):
             run(tmp_path, log(20), **more)
     with pytest.raises(embed.EmbedError, match="another"):
         run(tmp_path, log(21))
+
+
+@pytest.mark.parametrize("out", ["events.parquet", "more/../events.parquet", "linked"])
+def test_the_input_is_never_the_output(tmp_path: Path, out: str) -> None:
+    (tmp_path / "more").mkdir()
+    log(3).write_parquet(tmp_path / "events.parquet")
+    (tmp_path / "linked").hardlink_to(tmp_path / "events.parquet")
+    with pytest.raises(EventError, match=r"--out: .* is the input"):
+        embed.embed(encoder(), tmp_path / "events.parquet", tmp_path / out, texts=vectors)
+    assert pl.read_parquet(tmp_path / "events.parquet").equals(log(3))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            {"anchor": date(1999, 1, 1)},
+            "1998-10-03 to 1998-12-31; .*events.parquet has 2017-01-.* 2017-07-25",
+        ),
+        ({"history_days": 0}, "history_days: 0"),
+        ({"history_days": -5, "anchor": ANCHOR}, "history_days: -5"),
+        ({"part_size": 0}, "part_size: 0"),
+    ],
+)
+def test_settings_that_embed_nobody_are_refused(tmp_path: Path, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        run(tmp_path, log(5), **more)
+    assert [path.name for path in tmp_path.iterdir()] == ["events.parquet"]
+    facts = log(2).with_columns(time=pl.lit(None, pl.Datetime("us", "UTC")), modality=pl.lit("tabular"))
+    assert run(tmp_path, facts, anchor=date(1999, 1, 1))["records"].min() == 1  # facts have no time
+
+
+def foreign_file(kind: str, path: Path) -> Path:
+    """What is no log, under the name of one."""
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "csv":
+        log(3).write_csv(path)
+    elif kind == "damaged":
+        log(50).write_parquet(path)
+        content = path.read_bytes()
+        path.write_bytes(content[:40] + bytes(len(content) // 3) + content[40 + len(content) // 3 :])
+    else:
+        path.touch()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv", "damaged", "empty"])
+def test_a_file_that_is_no_log_is_named(tmp_path: Path, kind: str) -> None:
+    path = foreign_file(kind, tmp_path / "events.parquet")
+    for work in (
+        lambda: embed.embed(encoder(), path, tmp_path / "out", texts=vectors),
+        lambda: bulk.local(path, tmp_path / "out", **TEMPLATED),
+    ):
+        with pytest.raises(EventError, match=r"events\.parquet.*python -m ggsm_core\.data\.readers"):
+            work()
+    assert [p.name for p in tmp_path.iterdir()] == ["events.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("user", pl.col("user").str.slice(1).cast(pl.Int64)),
+        ("user", pl.concat_list("user")),
+        ("text", pl.col("text").cast(pl.Binary)),
+        ("amount", pl.lit(True)),
+        ("simulated", pl.lit(7)),
+        ("time", pl.col("time").dt.replace_time_zone(None)),
+    ],
+)
+def test_a_column_of_another_type_is_named(tmp_path: Path, column: str, values: pl.Expr) -> None:
+    said = rf"events\.parquet: {column}: .*python -m ggsm_core\.data\.readers"
+    events = log(3).with_columns(values.alias(column))
+    with pytest.raises(EventError, match=said):
+        run(tmp_path, events)
+    with pytest.raises(EventError, match=said):
+        bulk.local(tmp_path / "events.parquet", tmp_path / "o", **TEMPLATED)
 
 
 def test_bad_rows_are_named_by_line_and_field(tmp_path: Path) -> None:
@@ -229,5 +309,5 @@ def test_ray_embeds_each_user_once_however_often_it_is_cut_off(tmp_path: Path) -
     with pytest.raises(embed.EmbedError, match="is there already"):
         embed.on_ray(used, tmp_path / "events.parquet", tmp_path / "shards", **given)
     events.clear().write_parquet(tmp_path / "none.parquet")
-    with pytest.raises(embed.EmbedError, match=r"none\.parquet holds not one event"):
+    with pytest.raises(EventError, match=r"none\.parquet: holds not one event"):
         embed.on_ray(used, tmp_path / "none.parquet", tmp_path / "nobody", **given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -614,6 +615,67 @@ def test_keys_that_do_not_fit_are_errors(
         save_file(state, folder / "encoder.safetensors")
         with pytest.raises(model.EncoderError, match=expected):
             model.UserEncoder.load(folder, base=base)
+
+
+DAMAGES: dict[str, tuple[str, Callable[[str], str], str]] = {
+    "empty weights": ("encoder.safetensors", lambda _: "", ""),
+    "cut weights": ("encoder.safetensors", lambda text: text[: len(text) // 2], ""),
+    "no length": ("encoder.json", lambda text: text.replace('"max_length"', '"length"'), "max_length: "),
+    "length as text": ("encoder.json", lambda text: text.replace(": 64,", ': "64",', 1), "max_length: "),
+    "half a description": ("encoder.json", lambda text: text[:60], "Invalid JSON"),
+    "an unknown option": ("encoder.json", lambda text: text.replace(": {", ': {"x": 1', 1), "x: "),
+    "half a tokenizer": ("tokenizer.json", lambda text: text[:60], ""),
+    "half a configuration": ("config.json", lambda text: text[:60], ""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_named_with_file_and_field(damage: str, tmp_path: Path) -> None:
+    name, change, field = DAMAGES[damage]
+    build("causal").save(tmp_path / "saved")
+    file = tmp_path / "saved" / name
+    before = file.read_bytes().decode("latin-1")
+    assert before != change(before)
+    file.write_bytes(change(before).encode("latin-1"))
+    with pytest.raises(model.EncoderError, match=rf"saved/{name}: .*{field}"):
+        model.UserEncoder.load(tmp_path / "saved")
+
+
+def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(model.EncoderError, match=r"nowhere/encoder\.json: missing"):
+        model.UserEncoder.load(tmp_path / "nowhere")
+
+
+def flip(weight: Tensor) -> None:
+    """Keeps the sum."""
+    weight.data = weight.data.flip(0)
+
+
+CHANGES: dict[str, Callable[[model.UserEncoder], object]] = {
+    "trained weight": lambda encoder: flip(encoder.adapters.bill.layers[0].weight),  # type: ignore[union-attr]
+    "frozen weight": lambda encoder: flip(encoder._base().layers[0].mlp.up_proj.weight),
+    "frozen state": lambda encoder: flip(encoder.recipe.frozen_position),
+    "template": lambda encoder: setattr(encoder, "template", sections.Template(bill=3)),
+    "recipe": lambda encoder: setattr(encoder.recipe, "total_steps", 3),
+    "configuration": lambda encoder: setattr(encoder._base().config, "rms_norm_eps", 1e-5),
+    "tokenizer": lambda encoder: encoder.tokenizer.add_tokens(["milk"]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_a_fingerprint_is_of_all_that_makes_an_embedding(
+    change: str, lora: sections.Lora | None, base: Path, tmp_path: Path
+) -> None:
+    encoder = build("ggsm", layers=2, lora=lora)
+    encoder.tokenizer = copy.deepcopy(encoder.tokenizer)
+    encoder.save(tmp_path / "saved")
+    before = encoder.fingerprint()
+    encoder.tokenizer(["a", "b c"], padding=True, truncation=True, max_length=4)
+    assert encoder.fingerprint() == before
+    assert model.UserEncoder.load(tmp_path / "saved", base=base if lora else None).fingerprint() == before
+    CHANGES[change](encoder)
+    assert encoder.fingerprint() != before
 
 
 def test_a_recipe_that_is_not_registered_is_named(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_a_sound_file_is_read_as_it_is(tmp_path: Path, suffix: str, monkeypatch:
 
 BAD: dict[str, Row] = {
     checks.NOT_A_TIME: {"time": "5/1/2017 9 am"},
+    checks.NO_OFFSET: {"time": "2017-05-01T09:30+14:01"},
     checks.AMBIGUOUS: {"time": "2017-11-05T01:30"},
     checks.SKIPPED: {"time": "2017-03-12 02:30:00"},
     checks.TOO_LATE: {"time": "2217-05-01T09:30-04:00"},
@@ -226,7 +227,59 @@ def test_json_values_keep_their_types(tmp_path: Path) -> None:
     spoilt = [row | {"user": 17}, row | {"amount": "3"}, row | {"simulated": "no"}, row]
     spoilt.append({key: row[key] for key in row if key != "item"})
     _, report = read(write(spoilt, tmp_path / "events.jsonl"), skip_bad=True)
-    assert report.kinds == {readers.MISTYPED: 4} and [number for number, _ in report.first] == [1, 2, 3, 5]
+    wrong = {1: "user", 2: "amount", 3: "simulated", 5: "item"}
+    assert report.first == [(number, [readers.MISTYPED[name]]) for number, name in wrong.items()]
+    assert all(readers.MISTYPED[name].startswith(f"{name}: ") for name in SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("offset", "hour"), [("+14:00", -4), ("-12:00", 22), ("+99:99", None), ("-77:00", None)]
+)
+def test_an_offset_is_one_that_a_zone_can_have(tmp_path: Path, offset: str, hour: int | None) -> None:
+    file = write([event(1, f"2017-05-02T10:00{offset}", "bill")], tmp_path / "events.csv")
+    if hour is None:
+        with pytest.raises(BadRows, match="line 2: time: "):
+            read(file)
+    else:
+        midnight = datetime(2017, 5, 2, tzinfo=UTC)
+        assert read(file)[0]["time"].item() == midnight + timedelta(hours=hour)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("simulated", 7), ("amount", True), ("user", ["a"]), ("text", b"\xff"), ("user", 1.0)],
+)
+def test_a_parquet_column_of_another_type_is_named(tmp_path: Path, column: str, value: Any) -> None:
+    file, row = tmp_path / "events.parquet", event(1, "2017-05-01T09:30", "bill", 1.0)
+    pl.DataFrame([row | {column: value}]).write_parquet(file)
+    with pytest.raises(EventError, match=rf"events\.parquet: {column}: .* can't stand for"):
+        read(file)
+    pl.DataFrame([row | {"user": 17}]).write_parquet(file)
+    assert read(file)[0]["user"].to_list() == [privacy.pseudonym("17", SALT)]
+
+
+def test_a_column_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "events.csv"
+    file.write_text(f"{','.join(SCHEMA)},time\n", encoding="utf-8")
+    with pytest.raises(EventError, match=r"events\.csv: column \['time'\] is there twice"):
+        read(file)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_neither_the_input_nor_an_earlier_run_is_lost(tmp_path: Path, suffix: str) -> None:
+    file = write(spoilt()[0], tmp_path / f"events{suffix}")
+    content = file.read_bytes()
+    with pytest.raises(EventError, match=r"--out: .* is the input"):
+        readers.read(file, file, salt=SALT, skip_bad=True)
+    assert file.read_bytes() == content
+    read(file, skip_bad=True)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(EventError, match="not one good row"):
+        read(write([event(1, "noon", "bill")], tmp_path / "bad.csv"), skip_bad=True)
+    (tmp_path / "bad.csv").unlink()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    read(write(good(), tmp_path / f"sound{suffix}"), skip_bad=True)
+    assert not (tmp_path / "log.parquet.rejected.csv").exists()
 
 
 def test_files_that_hold_no_event(tmp_path: Path) -> None:

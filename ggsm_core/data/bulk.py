@@ -29,7 +29,16 @@ import pyarrow.parquet as pq
 
 from ggsm_core import params, sections
 from ggsm_core.data import windows
-from ggsm_core.data.events import EPOCH, SCHEMA, EventError, stream, validate
+from ggsm_core.data.events import (
+    EPOCH,
+    SCHEMA,
+    EventError,
+    apart,
+    open_log,
+    reading,
+    stream,
+    validate,
+)
 from ggsm_core.template import render
 
 ROWS = 100_000
@@ -61,11 +70,15 @@ def templates(events: pa.Table, *, anchor: date, history_days: int, template: se
 
 def local(events: Path, out: Path, **settings: Any) -> None:
     """``templates`` of a log sorted by user, in one process; ``settings`` are its keywords."""
+    apart(events, out)
+    open_log(events, settings["anchor"], settings["history_days"])
     _write((templates(table, **settings) for table in whole_users(events)), out)
 
 
 def on_ray(events: Path, out: Path, **settings: Any) -> None:
     """The same under Ray Data: on the cluster that Ray is connected to, else on this machine."""
+    apart(events, out)
+    open_log(events, settings["anchor"], settings["history_days"])
     with buckets_on_ray(events) as buckets:
         texts = buckets.map_groups(partial(templates, **settings), batch_format="pyarrow").sort("user")
         _write(texts.iter_batches(batch_size=GROUP, batch_format="pyarrow"), out)
@@ -97,10 +110,10 @@ def whole_users(events: Path) -> Iterator[pa.Table]:
     """A log sorted by user in tables of some ``ROWS`` events, no user cut in two. Raises ``EventError``."""
     held: list[pa.Table] = []
     seen = ""
-    with pq.ParquetFile(events) as file:
+    with reading(events), pq.ParquetFile(events) as file:
         for batch in stream(file, ROWS):
             table = pa.table(batch)
-            names = pl.Series(table["user"])
+            names = pl.Series(table["user"]).cast(pl.String)
             if names.null_count() or not names.is_sorted() or names[0] < seen:
                 raise EventError(f"{events.name}: not sorted by user; sort it, or use the engine ray")
             seen = names[-1]

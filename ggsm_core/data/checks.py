@@ -7,6 +7,7 @@ import polars as pl
 from ggsm_core.data.events import SCHEMA, EventError
 
 NOT_A_TIME = "time: not ISO 8601"
+NO_OFFSET = "time: offset beyond -12:00 to +14:00"
 NO_ZONE = "time: no zone"
 AMBIGUOUS = "time: twice that day, clocks go back"
 SKIPPED = "time: never that day, clocks go forward"
@@ -15,7 +16,7 @@ UNSORTED = "order: earlier than a row before of the same user"
 DUPLICATE = "order: a row before is the same"
 _STAMP = (
     r"^(?<day>\d{4}-\d\d-\d\d)(?:[T ](?<hour>\d\d:\d\d)(?<second>:\d\d(?:\.\d{1,6})?)?)?"
-    r"(?:(?<utc>Z)|(?<sign>[+-])(?<hours>\d\d):?(?<minutes>\d\d))?$"
+    r"(?:(?<utc>Z)|(?<sign>[+-])(?<hours>\d\d):?(?<minutes>[0-5]\d))?$"
 )
 
 
@@ -25,7 +26,7 @@ def clock(rows: pl.DataFrame, zone: str | None) -> tuple[pl.DataFrame, list[str]
     ``time`` comes as text (ISO 8601), date or datetime. A date is its midnight. ``zone`` is that of naive
     times and of the result; without it naive times are faults, and the result keeps the column's, else UTC.
     """
-    kind = rows.schema["time"]
+    kind, beyond = rows.schema["time"], pl.lit(False)
     if kind == pl.String:
         part = pl.col("time").str.strip_chars().str.extract_groups(_STAMP)
         rows = rows.with_columns(_part=part).with_columns(
@@ -39,6 +40,7 @@ def clock(rows: pl.DataFrame, zone: str | None) -> tuple[pl.DataFrame, list[str]
         given = pl.col("_part").struct
         minutes = given["hours"].cast(pl.Int64) * 60 + given["minutes"].cast(pl.Int64)
         shift = pl.when(given["sign"] == "-").then(-minutes).otherwise(minutes)
+        beyond = ~shift.is_between(-12 * 60, 14 * 60)
         aware = given["utc"].is_not_null() | shift.is_not_null()
         known = pl.col("_naive") - pl.duration(minutes=shift.fill_null(0))
         moment = pl.when(aware).then(known).dt.replace_time_zone("UTC")
@@ -52,7 +54,7 @@ def clock(rows: pl.DataFrame, zone: str | None) -> tuple[pl.DataFrame, list[str]
         rows = rows.with_columns(_naive=pl.col("time").cast(pl.Datetime("us"), strict=False))
         moment, aware = pl.lit(None, pl.Datetime("us", "UTC")), pl.lit(False)
     there = pl.col("time").is_not_null()
-    rows = rows.with_columns(_aware=aware, _moment=moment)
+    rows = rows.with_columns(_aware=aware, _moment=moment, _beyond=beyond)
     naive = pl.col("_naive")
     # Null where the clock of the zone showed a naive time twice or never, and never.
     once = naive.dt.replace_time_zone(zone or "UTC", ambiguous="null", non_existent="null")
@@ -61,6 +63,7 @@ def clock(rows: pl.DataFrame, zone: str | None) -> tuple[pl.DataFrame, list[str]
     unaware = there & ~pl.col("_aware")
     faults = {
         NOT_A_TIME: there & naive.is_null() & pl.col("_moment").is_null(),
+        NO_OFFSET: pl.col("_beyond"),
         NO_ZONE: unaware & naive.is_not_null() & pl.lit(zone is None),
         AMBIGUOUS: unaware & pl.col("_once").is_null() & pl.col("_twice").is_not_null(),
         SKIPPED: unaware & naive.is_not_null() & pl.col("_twice").is_null(),

@@ -16,12 +16,15 @@ Modality ``app`` holds visits: who has too few in a window is no sample. Amounts
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
+from polars.datatypes import FloatType, IntegerType
 
 from ggsm_core.template import MODALITIES
 
@@ -51,6 +54,16 @@ def schema(zone: str = ZONE) -> pl.Schema:
 
 
 SCHEMA = schema()
+TEXT = (pl.String, pl.Categorical, pl.Enum, pl.Null)
+CODES = (*TEXT, IntegerType)
+HOLDS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("user", "modality", "text"), TEXT),
+    "amount": (FloatType, IntegerType, pl.Decimal, pl.String, pl.Null),
+    "item": CODES,
+    "simulated": (pl.Boolean, pl.Null),
+}
+"""Types that a column's values may come in; of ``time`` a zone is asked too."""
+READERS = "`python -m ggsm_core.data.readers` makes a log of other files"
 NO_TIME = "time: null away from tabular"
 RULES = {
     "user: null": pl.col("user").is_null(),
@@ -98,6 +111,59 @@ def rows_of(modality: str, rows: pl.LazyFrame, **columns: pl.Expr | str) -> pl.L
 
 class EventError(ValueError):
     """An event log that does not follow ``SCHEMA``."""
+
+
+def apart(source: Path, out: Path) -> None:
+    """Raises ``EventError`` if ``out`` would take the place of ``source``, or lie among its files."""
+    same = source.exists() and out.exists() and source.samefile(out)
+    if same or source.resolve() in (out.resolve(), *out.resolve().parents):
+        raise EventError(f"--out: {out} is the input, or within it; give another --out")
+
+
+@contextmanager
+def reading(path: Path, advice: str = READERS) -> Iterator[None]:
+    """What reading a file that is no Parquet raises, as ``EventError``."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pl.exceptions.PolarsError, pa.ArrowException, OSError) as error:
+        raise EventError(f"{path}: not a Parquet file, or a damaged one ({error}); {advice}") from error
+
+
+def open_log(path: Path, anchor: date | None, history_days: int) -> pl.LazyFrame:
+    """A log's file, or the folder of its files: not yet read, but it can be a log.
+
+    Raises ``EventError`` if it can't, if a history has no day, and for an ``anchor`` with not one event in
+    its history. A log of time-less facts alone may have any.
+    """
+    if history_days < 1:
+        raise EventError(f"history_days: {history_days} is no length of a history; give 1 or more")
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise EventError(f"{path}: no file *.parquet in this folder; {READERS}")
+    day = pl.col("time").dt.date()
+    with reading(path):
+        log = pl.scan_parquet(files, glob=False)
+        flagged(log, str(path))
+        if _nothing(log):
+            raise EventError(f"{path}: holds not one event")
+        if anchor is not None:
+            first, last = (date.fromordinal(max(1, anchor.toordinal() - n)) for n in (history_days, 1))
+            if _nothing(log.filter(day.is_between(first, last))):
+                start, end = log.select(day.min(), last=day.max()).collect(engine="streaming").row(0)
+                if end is not None:
+                    raise EventError(
+                        f"anchor, history_days: not one event lies in the window, {first} to {last}; "
+                        f"{path} has {start} to {end}, so give another anchor or a longer history"
+                    )
+    return log
+
+
+def _nothing(log: pl.LazyFrame) -> bool:
+    return log.head(1).collect(engine="streaming").is_empty()
 
 
 class BadRows(EventError):
@@ -149,17 +215,32 @@ class Report:
             raise BadRows(self)
 
 
-def flagged(log: pl.LazyFrame) -> tuple[pl.LazyFrame, list[str]]:
+def judge_columns(
+    found: Mapping[str, pl.DataType],
+    where: str,
+    holds: Mapping[str, tuple[Any, ...]] = HOLDS,
+    advice: str = READERS,
+) -> None:
+    """Raises ``EventError`` for a column that is missing, or of a type that can't hold its values."""
+    if missing := [name for name in SCHEMA if name not in found]:
+        raise EventError(f"{where}: no column {missing}; needed are {', '.join(SCHEMA)}; {advice}")
+    for name, kinds in holds.items():
+        if not isinstance(found[name], kinds):
+            raise EventError(f"{where}: {name}: {found[name]} can't stand for {SCHEMA[name]}; {advice}")
+
+
+def flagged(log: pl.LazyFrame, where: str = "events") -> tuple[pl.LazyFrame, list[str]]:
     """The rows with the schema's types, and a Boolean column for each kind of fault; the names of these.
 
     A value that doesn't fit its type is null. Raises ``EventError`` for a log whose columns can't be judged.
     """
     found = log.collect_schema()
-    if missing := [name for name in SCHEMA if name not in found]:
-        raise EventError(f"events: no column {missing}; needed are {', '.join(SCHEMA)}")
+    judge_columns(found, where)
     time = found["time"]
     if not isinstance(time, pl.Datetime) or time.time_zone is None:
-        raise EventError(f"time: {time} has no time zone; attach one with dt.replace_time_zone")
+        raise EventError(
+            f"{where}: time: {time} has no time zone; attach one with dt.replace_time_zone; {READERS}"
+        )
     types = schema(time.time_zone)
     misfits = {name: f"{name}: not {kind}" for name, kind in types.items()}
     rows = (

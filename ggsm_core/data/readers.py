@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -30,15 +29,28 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ggsm_core.data import privacy
 from ggsm_core.data.checks import DUPLICATE, TOO_LATE, UNSORTED, Order, clock
-from ggsm_core.data.events import NO_TIME, SCHEMA, EventError, Report, flagged, stream
+from ggsm_core.data.events import (
+    CODES,
+    HOLDS,
+    NO_TIME,
+    SCHEMA,
+    EventError,
+    Report,
+    apart,
+    flagged,
+    judge_columns,
+    reading,
+    stream,
+)
 
 BATCH = 200_000
 """Rows in memory at a time."""
 MALFORMED = "line: malformed"
-MISTYPED = "line: a key is missing or its value has another type"
-UNREADABLE = (MALFORMED, MISTYPED)
+MISTYPED = {name: f"{name}: key missing, or value of another type" for name in SCHEMA}
+UNREADABLE = (MALFORMED, *MISTYPED.values())
 RAW = {"line": pl.Int64(), "raw": pl.String(), **dict.fromkeys(UNREADABLE, pl.Boolean())}
-_LOST = (None,) * len(SCHEMA)
+_FINE, _LOST = (False,) * len(MISTYPED), (None,) * len(SCHEMA)
+_HOLDS = HOLDS | {"user": CODES, "simulated": (pl.Boolean, pl.String, pl.Null)}
 
 
 class _Event(BaseModel):
@@ -79,6 +91,9 @@ def read(
         BadRows: bad rows, without ``skip_bad``.
         EventError: no event, a missing column, an unknown suffix or zone.
     """
+    rejections = out.with_name(f"{out.name}.rejected.csv")
+    for written in (out, rejections):
+        apart(file, written)
     rows, end = _rows(file), end or datetime.now(UTC)
     if end.tzinfo is None:
         raise EventError(f"end: {end} has no zone; write an offset, as in 2017-12-31T00:00-05:00")
@@ -88,7 +103,7 @@ def read(
         raise EventError(f"zone: {zone!r} is unknown; give a name such as Europe/Berlin") from None
     report, order, writer = Report(), Order(), None
     partial = out.with_name(f".{out.name}.partial")
-    rejected = _Rejected(out.with_name(f"{out.name}.rejected.csv")) if skip_bad else None
+    rejected = _Rejected(rejections) if skip_bad else None
     try:
         for batch in rows:
             found, kinds = _judge(batch, zone, end, order)
@@ -111,6 +126,8 @@ def read(
         assert writer is not None
         writer.close()
         partial.replace(out)
+        if rejected is not None:
+            rejected.keep()
     finally:
         if writer is not None:
             writer.close()
@@ -131,15 +148,13 @@ def _rows(file: Path) -> Iterator[pl.DataFrame]:
 
 
 def _parquet(file: Path) -> Iterator[pl.DataFrame]:
-    try:
-        source = pq.ParquetFile(file)
-    except (ValueError, OSError) as error:
-        raise EventError(f"{file.name}: not a Parquet file ({error})") from None
-    _complete(source.schema_arrow.names, file)
     start = 1
-    with source:
+    with reading(file, "write it anew"), pq.ParquetFile(file) as source:
+        _judge_header(source.schema_arrow.names, file)
+        named = pl.DataFrame(source.schema_arrow.empty_table().select(list(SCHEMA))).schema
+        judge_columns(named, file.name, _HOLDS, "cast the column")
         for arrow in stream(source, BATCH):
-            rows = pl.DataFrame(arrow).with_columns(pl.col("modality").cast(pl.String))
+            rows = pl.DataFrame(arrow).with_columns(pl.col("user", "modality").cast(pl.String))
             shown = rows.select(pl.struct(pl.all().cast(pl.String)).struct.json_encode().alias("raw"))
             fine = (pl.lit(False).alias(kind) for kind in UNREADABLE)
             yield rows.with_columns(shown["raw"], *fine).with_row_index("line", start)
@@ -150,7 +165,7 @@ def _csv(file: Path) -> Iterator[pl.DataFrame]:
     """With Python's reader, not polars': it goes on after a malformed line and knows its number."""
     with file.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
         header = next(csv.reader(stream), [])
-        _complete(header, file)
+        _judge_header(header, file)
         places = [header.index(name) for name in SCHEMA]
 
         def cells() -> Iterator[list[Any]]:
@@ -160,9 +175,9 @@ def _csv(file: Path) -> Iterator[pl.DataFrame]:
                 except (csv.Error, ValueError):
                     values = []
                 if len(values) != len(header) or "\ufffd" in text:
-                    yield [line, text, True, False, *_LOST]
+                    yield [line, text, True, *_FINE, *_LOST]
                 else:
-                    yield [line, text, False, False, *(values[place] or None for place in places)]
+                    yield [line, text, False, *_FINE, *(values[place] or None for place in places)]
 
         yield from _frames(cells(), pl.Schema(dict.fromkeys(SCHEMA, pl.String())))
 
@@ -174,10 +189,10 @@ def _json(file: Path) -> Iterator[pl.DataFrame]:
                 shown = text.decode("utf-8", "replace")
                 try:
                     event = _Event.model_validate_json(text)
-                    yield [line, shown, False, False, *(getattr(event, name) for name in SCHEMA)]
+                    yield [line, shown, False, *_FINE, *(getattr(event, name) for name in SCHEMA)]
                 except ValidationError as error:
-                    malformed = error.errors(include_url=False)[0]["type"] == "json_invalid"
-                    yield [line, shown, malformed, not malformed, *_LOST]
+                    wrong = {name for fault in error.errors(include_url=False) for name in fault["loc"][:1]}
+                    yield [line, shown, not wrong, *(name in wrong for name in MISTYPED), *_LOST]
 
     types = dict.fromkeys(SCHEMA, pl.String()) | {"amount": pl.Float64(), "simulated": pl.Boolean()}
     return _frames(cells(), pl.Schema(types))
@@ -188,9 +203,11 @@ def _frames(cells: Iterator[list[Any]], types: pl.Schema) -> Iterator[pl.DataFra
         yield pl.DataFrame(rows, schema=RAW | types, orient="row")
 
 
-def _complete(names: Sequence[str], file: Path) -> None:
+def _judge_header(names: Sequence[str], file: Path) -> None:
     if missing := [name for name in SCHEMA if name not in names]:
         raise EventError(f"{file.name}: no column {missing}; needed are {', '.join(SCHEMA)}")
+    if twice := [name for name in SCHEMA if names.count(name) > 1]:
+        raise EventError(f"{file.name}: column {twice} is there twice; leave one of each")
 
 
 def _judge(
@@ -215,19 +232,19 @@ def _judge(
 
 
 class _Rejected:
-    """The file of rejected rows: line, reason, the row as it came. Without any, there is no file."""
+    """The file of rejected rows: line, reason, the row as it came. Without any, there is no file.
+
+    It takes the place of an earlier one only when it is kept.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        path.unlink(missing_ok=True)
-        self._stream: io.TextIOWrapper | None = None
+        self._path, self._partial = path, path.with_name(f".{path.name}.partial")
+        self._stream = self._partial.open("w", encoding="utf-8", newline="")
+        csv.writer(self._stream).writerow(["line", "reason", "row"])
+        self._rows = 0
 
     def write(self, rows: pl.DataFrame, kinds: list[str]) -> None:
-        if rows.is_empty():
-            return
-        if self._stream is None:
-            self._stream = self._path.open("w", encoding="utf-8", newline="")
-            csv.writer(self._stream).writerow(["line", "reason", "row"])
+        self._rows += rows.height
         reasons = rows.select(
             "line", pl.concat_str(
                 *(pl.when(kind).then(pl.lit(kind)) for kind in kinds), separator="; ", ignore_nulls=True
@@ -235,9 +252,16 @@ class _Rejected:
         )  # fmt: skip
         csv.writer(self._stream).writerows(reasons.iter_rows())
 
+    def keep(self) -> None:
+        self._stream.close()
+        if self._rows:
+            self._partial.replace(self._path)
+        else:
+            self._path.unlink(missing_ok=True)
+
     def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
+        self._stream.close()
+        self._partial.unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
