@@ -215,8 +215,6 @@ class Profile(Section):
         for where, values in (("seeds", self.seeds), ("baselines", self.baselines)):
             if twice := [value for at, value in enumerate(values) if value in values[:at]]:
                 raise ValueError(f"{where}: {twice[0]!r} stands there twice")
-        if not (self.trained or self.baselines):
-            raise ValueError("recipes, variants, baselines: not one row is left; a profile has at least one")
         probed = self.data.households and self.data.households // (1 + (self.data.protocol == "new_users"))
         if probed is not None and self.evaluation.folds > probed:
             raise ValueError(

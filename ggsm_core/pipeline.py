@@ -30,6 +30,8 @@ def make(profile: Path, target: str = "book", say: Callable[[str], None] = print
     began = time.monotonic()
     loaded = params.load(profile)
     evidence.check_own(loaded)
+    if not (loaded.trained or loaded.baselines):
+        raise params.ProfileError(f"{profile}: recipes, variants, baselines: not one row is left to compare")
     root = provenance.ROOT
     build, results = root / "build" / loaded.name, root / "results" / loaded.name
     if target == "book":

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ggsm_core import params
-from ggsm_core.params import RECIPE_NAMES, Profile, ProfileError
+from ggsm_core.params import Profile, ProfileError
 from ggsm_core.template import MODALITIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,10 +73,6 @@ def test_every_profile_loads_and_is_named_after_its_file(path: Path) -> None:
         ({"name": "mine", "seeds": [10**26]}, ["seeds.0"]),
         ({"name": "mine", "seeds": [3, 4, 3]}, ["seeds", "3", "twice"]),
         ({"name": "mine", "baselines": ["rfm", "rfm"]}, ["baselines", "'rfm'", "twice"]),
-        (
-            {"name": "mine", "baselines": [], "recipes": dict.fromkeys(RECIPE_NAMES)},
-            ["recipes", "not one row"],
-        ),
         ({"name": "mine", "data": {"households": 40}, "evaluation": {"folds": 41}}, ["folds", "41 of 40"]),
         ({"name": "mine", "data": {"train_anchors": [90, 90]}}, ["train_anchors", "twice"]),
         ({"name": "mine", "template": dict.fromkeys(MODALITIES, 0)}, ["template", "all 0"]),

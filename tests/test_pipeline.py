@@ -19,7 +19,7 @@ from toygraph import Toy, small
 
 from ggsm_core import notebooks, pipeline, provenance
 from ggsm_core.notebooks import NotebookError
-from ggsm_core.params import Profile
+from ggsm_core.params import RECIPE_NAMES, Profile
 from ggsm_core.scheduler import Job, JobFailed, Scheduler
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -310,6 +310,20 @@ def test_a_warning_fails_the_book_and_fails_it_again(project: Toy) -> None:
     for _ in range(2):
         with pytest.raises(JobFailed, match="book failed"):
             make(project)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("toy", {"recipes": dict.fromkeys(RECIPE_NAMES), "baselines": []}, "not one row"),
+        ("mine", {"training": {"learning_rate": 0.5}}, "'toy' is that of params/toy.yaml"),
+    ],
+)
+def test_a_profile_that_would_mislead_is_refused(project: Toy, name: str, change: Any, words: str) -> None:
+    raw = small().model_dump(mode="json") | change
+    (project.folder / "params" / f"{name}.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(ValueError, match=words):
+        pipeline.make(project.folder / "params" / f"{name}.yaml", "results", print)
 
 
 def test_a_failed_cell_is_named_and_earlier_outputs_stay(project: Toy) -> None:
