@@ -26,7 +26,7 @@ from ggsm_core.sections import Data, Evaluation, Peers
 ANCHORS = {"train": 90, "probe": 240}
 PEERS = Peers(hidden=8, layers=1, heads=2, epochs=2, batch_size=16)
 SYSTEMS: dict[str, Callable[[], Baseline[Histories, Histories]]] = {
-    **stage.SYSTEMS,
+    **{name: system for name, (system, _) in stage.SYSTEMS.items()},
     **{name: partial(system, PEERS, 0, lambda **metrics: None) for name, system in sequence.SYSTEMS.items()},
 }
 KINDS = {
