@@ -23,7 +23,7 @@ from ggsm_core import printed, story, verdicts
 from ggsm_core.comparison import MEAN
 from ggsm_core.data.tasks import DOMAINS, TASKS
 from ggsm_core.evidence import Evidence, EvidenceError
-from ggsm_core.params import UNSEEDED_BASELINES
+from ggsm_core.params import ORACLE, UNSEEDED_BASELINES
 from ggsm_core.printed import SPAN
 from ggsm_core.verdicts import CONTRADICTED, NOT_SHOWN, SUPPORTED, UNMEASURED
 
@@ -33,7 +33,6 @@ HYBRIDS = ("hybrid_mask", "hybrid_gq", "hybrid_mlp", "hybrid_segment")
 MASKS = ("causal", *HYBRIDS, "bidirectional", "scheduler")
 TRADITIONAL = ("msdp", "one4all", "cpc")
 LANGUAGE = ("found", "instructue")
-ORACLE = "oracle"
 GRADIENT = "ggsm_embeddings_rank"
 """The variant whose weights differ most between tokens: what the controls are controls of."""
 CONTROLS = ("ggsm_constant", "ggsm_random", "ggsm_shuffled", "ggsm_position", "ggsm_attention")
@@ -91,9 +90,9 @@ def better(
         what = f"{which} of {planned}: {gap}" if planned > 1 else gap
         lacking = planned - len(table)
         what += f"; p {line['p_holm']:.3f}"
-        what += f"; {verdicts.counted(table)}" if planned > 1 else ""
-        if worse := list(dict.fromkeys(table.filter(verdict="worse")["reference"])):
-            what += f"; worse than {', '.join(worse)}" if planned > 1 else ""
+        if planned > 1:
+            worse = list(dict.fromkeys(table.filter(verdict="worse")["reference"]))
+            what += f"; {verdicts.counted(table)}" + (f"; worse than {', '.join(worse)}" if worse else "")
         for other in verdicts.gaps(tables[profile], [beside] if beside else []).iter_rows(named=True):
             gap = story.signed(other["difference"], other["ci_low"], other["ci_high"])
             what += f"; beside it {other['row']} − {other['reference']}: {gap}"

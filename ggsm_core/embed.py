@@ -38,6 +38,7 @@ from ggsm_core.data.events import (
     EventError,
     apart,
     examine,
+    files_of,
     open_log,
     reading,
     validate,
@@ -149,9 +150,8 @@ def on_ray(
     embedded = _Embedder(encoder, history_days, dtype, texts)
     if out.exists():
         raise EmbedError(f"{out}: is there already; delete it, or give another --out")
-    files = [events] if events.is_file() else sorted(events.rglob("*.parquet"))
     open_log(events, anchor, history_days)
-    stamps = digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+    stamps = digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files_of(events)])
     day = (anchor - EPOCH).days
     parts = _open(out.resolve(), stamps, encoder, [day, history_days, dtype, bulk.BUCKETS])
     done = {int(part.stem) for part in parts.glob("*.parquet")}

@@ -195,7 +195,7 @@ def profile(name: str) -> params.Profile:
 def check_own(given: params.Profile) -> None:
     """Raises ``EvidenceError`` if ``given`` has the name of a profile of params/ and is another."""
     path = provenance.ROOT / "params" / f"{given.name}.yaml"
-    if path.is_file() and params.load(path) != given:
+    if path.is_file() and profile(given.name) != given:
         raise EvidenceError(
             f"name: {given.name!r} is that of params/{path.name}, whose results this profile, which differs, "
             "would be taken for; give it a name of its own"

@@ -51,8 +51,13 @@ def export(
         auc: rows of ``auc.csv`` for the card: recipe, seed, task, auc, ci_low, ci_high, n.
 
     Raises:
-        ExportError: the recipe or the input stands against it.
+        ExportError: the recipe or the input stands against it. Nothing is written then.
     """
+    if auc is not None:
+        from ggsm_core.evaluation import AUC_COLUMNS  # scikit-learn behind it, for the card alone
+
+        if lacking := [name for name in AUC_COLUMNS if name not in auc.columns]:
+            raise ExportError(f"auc: no column {lacking[0]!r}; give a run's auc.csv")
     encoder = UserEncoder.load(folder, base=base)
     causal = _is_causal(encoder)
     if out.exists() and any(out.iterdir()):
@@ -249,11 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--auc", type=Path, help="auc.csv with its metrics, for the model card")
     given: Any = parser.parse_args(arguments)
     try:
-        from ggsm_core.evaluation import AUC_COLUMNS  # scikit-learn behind it, for the card alone
-
-        auc = pl.read_csv(given.auc, schema_overrides=AUC_COLUMNS) if given.auc else None
-        if auc is not None and (lacking := [name for name in AUC_COLUMNS if name not in auc.columns]):
-            raise ValueError(f"--auc: {given.auc} has no column {lacking[0]!r}; give a run's auc.csv")
+        auc = pl.read_csv(given.auc) if given.auc else None
         export(given.model, given.out, base=given.base, data=given.data, auc=auc)
     except (ValueError, OSError) as problem:
         print(problem, file=sys.stderr)

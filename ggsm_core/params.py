@@ -53,7 +53,9 @@ SEQUENCE_BASELINES = ("cpc", "coles", "msdp", "one4all")
 LANGUAGE_BASELINES = ("found", "instructue")
 TEXT_BASELINES = ("minilm", "qwen3_embedding", "kalm", "nemotron")
 RECORD_BASELINES = ("records",)
-UNSEEDED_BASELINES = ("oracle", *FEATURE_BASELINES, *TEXT_BASELINES, *RECORD_BASELINES)
+ORACLE = "oracle"
+"""The row of the decoder before contrastive training: read under the causal mask, without a contrast run."""
+UNSEEDED_BASELINES = (ORACLE, *FEATURE_BASELINES, *TEXT_BASELINES, *RECORD_BASELINES)
 """Rows that draw nothing by a training seed: a second one would be the first again."""
 PEERS = (*SEQUENCE_BASELINES, *LANGUAGE_BASELINES)
 """The other trained systems, which one section and one rule to stop serve."""
@@ -61,7 +63,7 @@ JOINED = "handmade+"
 """Prefix of a row that has the hand-made features beside another row's embedding: ``handmade+ggsm``."""
 BASELINE_NAMES = (
     *FEATURE_BASELINES,
-    "oracle",
+    ORACLE,
     *PEERS,
     *TEXT_BASELINES,
     *RECORD_BASELINES,
@@ -140,7 +142,7 @@ class Profile(Section):
         [0], "one training run per recipe and seed", min_length=1
     )
     baselines: list[str] = field(
-        ["rfm", "handmade", "oracle"],
+        ["rfm", "handmade", ORACLE],
         f"rows beside the recipes, of {', '.join(name for name in BASELINE_NAMES if JOINED not in name)}, "
         f"{JOINED}<trained row>",
     )

@@ -27,6 +27,8 @@ from ggsm_core.params import (
     FEATURE_BASELINES,
     JOINED,
     LANGUAGE_BASELINES,
+    ORACLE,
+    PEERS,
     RECORD_BASELINES,
     SEQUENCE_BASELINES,
     TEXT_BASELINES,
@@ -37,8 +39,6 @@ from ggsm_core.runs import DamagedRun, Run, Store
 
 FORMAT = 2
 """Raised when the meaning of a config or a run's folder changes: no older run is used then."""
-ORACLE = "oracle"
-"""The row of the decoder before contrastive training: read under the causal mask, without a contrast run."""
 
 
 class UnknownRun(ValueError):
@@ -179,7 +179,7 @@ _TABLE = (
     Stage(
         "probe", "ggsm_core.evaluation", ("data", "evaluation"),
         ("embed", "sequence", "language", "text", "records", "windows"), per="recipe",
-        baselines=(ORACLE, *SEQUENCE_BASELINES, *LANGUAGE_BASELINES, *TEXT_BASELINES, *RECORD_BASELINES),
+        baselines=(ORACLE, *PEERS, *TEXT_BASELINES, *RECORD_BASELINES),
         seconds=25,
     ),
     Stage(

@@ -94,7 +94,7 @@ def gaps(
     which one has no numbers are left out.
     """
     pairs = [(row, reference) for row, reference in pairs if len(evidence.has(row, reference)) == 2]
-    lines = []
+    lines, over_seeds = [], spread(like or evidence, task)
     for row, reference in pairs:
         point = float(np.subtract(*points(evidence, (row, reference), task)))
         (one, both), (_, other) = covariance(evidence, (row, reference), task)
@@ -103,7 +103,6 @@ def gaps(
         seeds = min((evidence.seeds[name] for name in drawn), default=1)
         if drawn and seeds == 1:
             point = _on_one_seed(evidence, row, reference, task)
-            over_seeds = spread(like or evidence, task)
             variance += over_seeds[len(drawn) - 1] if over_seeds else 0.0
         error = float(np.sqrt(variance))
         p = float(2 * ndtr(-abs(point) / error)) if error > 0 else float(point == 0)

@@ -156,6 +156,9 @@ def test_the_model_card_states_data_recipe_metrics_and_limits(
     assert "of another" not in card
     assert export.main([str(a) for a in arguments]) == 1
     assert "holds files" in capsys.readouterr().err
+    with pytest.raises(export.ExportError, match="auc: no column 'seed'"):
+        export.export(folder, tmp_path / "other", auc=auc.drop("seed"))
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # mteb calls a renamed method

@@ -133,6 +133,11 @@ def reading(path: Path, advice: str = READERS) -> Iterator[None]:
         raise EventError(f"{path}: not a Parquet file, or a damaged one ({error}); {advice}") from error
 
 
+def files_of(log: Path) -> list[Path]:
+    """The file of a log, or those of its folder, sorted."""
+    return sorted(log.rglob("*.parquet")) if log.is_dir() else [log]
+
+
 def open_log(path: Path, anchor: date | None, history_days: int) -> pl.LazyFrame:
     """A log's file, or the folder of its files: not yet read, but it can be a log.
 
@@ -141,7 +146,7 @@ def open_log(path: Path, anchor: date | None, history_days: int) -> pl.LazyFrame
     """
     if history_days < 1:
         raise EventError(f"history_days: {history_days} is no length of a history; give 1 or more")
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    files = files_of(path)
     if not files:
         raise EventError(f"{path}: no file *.parquet in this folder; {READERS}")
     day = pl.col("time").dt.date()
