@@ -21,7 +21,7 @@ import polars as pl
 from ggsm_core import params, provenance
 from ggsm_core.runs import READS, UndeclaredRun
 
-PROFILES = ("study", "study_new_users", "ablation", "attempts", "study_wide", "study_tuned")
+PROFILES = ("study", "study_new_users", "ablation", "attempts", "study_wide", "study_tuned", "mixes")
 """Profiles whose results are published as they are computed, in that order."""
 TABLES = {
     "auc": ("recipe", "seed", "task", "auc", "ci_low", "ci_high", "n"),

@@ -30,6 +30,7 @@ from ggsm_core.synthesis import client, difficulty, history, prompts, questions,
 from ggsm_core.synthesis.budget import BudgetExceeded
 from ggsm_core.synthesis.checks import Checker
 from ggsm_core.synthesis.history import Fact, History
+from ggsm_core.template import MODALITIES
 from ggsm_core.text_encoder import TextEncoder
 
 NAMES = ("extend", "retrieve", "qa", "rules", "rewrite")
@@ -198,6 +199,32 @@ def test_a_number_belongs_to_the_record_that_the_answer_names() -> None:
     assert CHECKER.problems("What runs out next?", "Cheese, 7 times, and beef, 3 times.", someone) == []
 
 
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("All visits, 9 times, last 3 days ago.", None),
+        ("Only 9 of all visits.", None),
+        ("All visits, 8 times, last 3 days ago.", "number: 8"),
+        ("Visits, 9 times.", "number: 9"),  # one plain word is no name
+        ("All the visits, 9 times.", "number: 9"),
+        ("Small visits, 9 times.", "number: 9"),
+    ],
+)
+def test_a_record_of_plain_words_is_named_by_its_whole_name(answer: str, reason: str | None) -> None:
+    facts = (
+        Fact("all visits", "all visits, 9 times, last 3 days ago"),
+        Fact("all purchases", "all purchases, 26 times, 63 dollars, last 3 days ago"),
+    )
+    found = CHECKER.problems("How often does somebody come?", answer, History(0, "", facts, ()))
+    assert found == [] if reason is None else found[0].startswith(reason)
+
+
+def test_purchases_stand_last_in_what_the_model_reads(log: Path) -> None:
+    (someone,) = history.read(log, [0], 4)
+    shown = [line.partition(":")[0] for line in someone.text.splitlines()]
+    assert shown[-1] == "bill" and shown == [name for name in reversed(MODALITIES) if name in shown]
+
+
 def test_equal_pairs_of_one_sample_count_once() -> None:
     pair = {"sample": 1, "query": "a b", "answer": "c d", "kept": True, "problems": []}
     found = questions.without_twins([pair, pair, pair | {"sample": 2}])
@@ -289,8 +316,9 @@ def honest(number: int, body: dict[str, Any]) -> Act:
         return Act(json.dumps({"order": [2, 1, 3]}))
     if form == "Rules":
         return Act('{"rules": ["Ask for causes.", "Ask for causes.", "Be brief."]}')
-    times = re.search(r"(\d+) times", asked)
-    first = re.search(r"bill: ([\w ]+) \(", asked)
+    bought = re.search(r"^bill: .*", asked, re.M)
+    assert bought, asked
+    times, first = re.search(r"(\d+) times", bought[0]), re.search(r"bill: ([\w ]+) \(", bought[0])
     assert times and first, asked
     count = int(times[1]) + (1 if body["seed"] == 0 and "party" in asked else 0)
     return Act(json.dumps({"query": "What runs out next?", "answer": f"{first[1]}, {count} times."}))

@@ -63,9 +63,11 @@ _SILENT = frozenset(map(_singular, PLAIN)) | PLAIN | frozenset(map(_singular, EN
 _GENERAL = frozenset(map(_singular, ENGLISH_STOP_WORDS))
 
 
-def _names(shared: set[str]) -> bool:
-    """Whether the words that an answer shares with a record name it: a telling one, or two plain ones."""
-    return bool(shared - _SILENT) or len(shared - _GENERAL) > 1
+def _names(answer: str, name: str) -> bool:
+    """Whether an answer names a record: by a telling word of its name, by two plain ones or by all words."""
+    shared = set(words(answer)) & set(words(name))
+    whole = " " in name and re.search(rf"\b{re.escape(name.lower())}\b", answer.lower())
+    return bool(shared - _SILENT) or len(shared - _GENERAL) > 1 or bool(whole)
 
 
 def numbers(text: str) -> set[int]:
@@ -89,7 +91,7 @@ class Checker:
         if len(query.split()) < 2 or len(answer.split()) < 2:
             return ["empty: a question and an answer need two words each"]
         own = {word for fact in history.facts for word in words(fact.told)}  # departments too
-        named = [fact for fact in history.facts if _names(set(words(answer)) & set(words(fact.name)))]
+        named = [fact for fact in history.facts if _names(answer, fact.name)]
         counted = {number for fact in named for number in numbers(fact.told)}
         found = []
         lower = answer.lower()

@@ -55,7 +55,7 @@ def read(folder: Path, samples: Iterable[int], records: int) -> list[History]:
 def _history(sample: int, shown: Any, stored: Any) -> History:
     letters: dict[str, str] = {}
     lines = []
-    for name in MODALITIES:
+    for name in reversed(MODALITIES):  # purchases last: a small model answers from what it has just read
         if found := shown.get(name, ()):
             lines.append(f"{name}: " + "; ".join(_fact(record, name, letters).told for record in found))
     facts = [_fact(record, name, letters) for name in MODALITIES for record in stored.get(name, ())]
