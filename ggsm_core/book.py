@@ -26,7 +26,7 @@ SECONDS = 45.0
 TOOLS = ("jupyter-book", "sphinx", "myst-nb", "myst-parser", "sphinx-book-theme", "sphinx-mathjax-offline")
 SHARED = ("libraries", "params", "data", "profile", "label")  # told once, not with each run
 TABLES = ("auc.csv", "rows.csv", "differences.csv", "covariance.csv", "labels.csv")
-COSTS, LEARNING = "costs.csv", "learning.csv"
+COSTS, LEARNING, SYNTHESIS = "costs.csv", "learning.csv", "synthesis.csv"
 CITATION = provenance.ROOT / "CITATION.cff"
 PICTURE = "_static/result.png"
 """The comparison at a glance. The copy in ``book/`` is the README's; a book shows its own results."""
@@ -49,6 +49,10 @@ def write_results(plan: Plan, folder: Path, notebooks: Path) -> None:
         )
     provenance.write_atomically(folder / COSTS, costs(plan).write_csv(float_precision=1))
     provenance.write_atomically(folder / LEARNING, learning(plan).write_csv(float_precision=6))
+    written = [*TABLES, COSTS, LEARNING]
+    if plan.profile.mixes:
+        provenance.write_atomically(folder / SYNTHESIS, synthesis(plan).write_csv())
+        written.append(SYNTHESIS)
     whole = whole_runs(plan.all(), plan.store)  # all but those that only a page is about
     runs = [run.provenance | {"run": name} for name, run in whole.items()]
     last = runs[-1]
@@ -63,7 +67,7 @@ def write_results(plan: Plan, folder: Path, notebooks: Path) -> None:
             {key: value for key, value in run.items() if key not in SHARED}
             for run in runs
         ],
-        "tables": {name: provenance.sha256(folder / name) for name in (*TABLES, COSTS, LEARNING)},
+        "tables": {name: provenance.sha256(folder / name) for name in written},
         "notebooks": {path.stem: seconds(notebooks, path.stem) for path in sorted(notebooks.glob("*.ipynb"))},
     }  # fmt: skip
     provenance.write_atomically(folder / "provenance.json", json.dumps(result, indent=1) + "\n")
@@ -101,6 +105,13 @@ def learning(plan: Plan) -> pl.DataFrame:
         for node in nodes
     ]
     return pl.DataFrame(table, schema=None if table else ["recipe", "seed"])
+
+
+def synthesis(plan: Plan) -> pl.DataFrame:
+    """What each step asked of the language model and got, for rows that train on D_qa."""
+    report = plan.store.folder(plan.node("synthesis").name) / "report.parquet"
+    counts = ("asked", "answered", "yielded", "prompt_tokens", "completion_tokens", "malformed", "cut")
+    return pl.read_parquet(report, columns=["step", *counts])
 
 
 def key(prose: Path, executed: list[Path], results: Path) -> str:

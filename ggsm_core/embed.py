@@ -82,7 +82,8 @@ def embed(
         history_days: length of the history.
         dtype: of the embeddings.
         part_size: users in memory at a time.
-        texts: list of n record texts -> Float[n, F], for an encoder with adapters; MiniLM by default.
+        texts: list of n record texts -> Float[n, F], for an encoder with adapters; MiniLM by default. What it
+            makes is not compared when a call goes on: give the same one.
         progress: called with users done, users in all and a message.
 
     Raises:

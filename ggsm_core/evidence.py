@@ -21,7 +21,16 @@ import polars as pl
 from ggsm_core import params, provenance
 from ggsm_core.runs import READS, UndeclaredRun
 
-PROFILES = ("study", "study_new_users", "ablation", "attempts", "study_wide", "study_tuned", "mixes")
+PROFILES = (
+    "study",
+    "study_new_users",
+    "controls",
+    "ablation",
+    "attempts",
+    "study_wide",
+    "study_tuned",
+    "mixes",
+)
 """Profiles whose results are published as they are computed, in that order."""
 TABLES = {
     "auc": ("recipe", "seed", "task", "auc", "ci_low", "ci_high", "n"),
@@ -34,6 +43,10 @@ TABLES = {
 """Table -> its columns."""
 LEARNING = "learning"
 """What training did in each run (``story.outcome``): a table that older publications lack."""
+SYNTHESIS = "synthesis"
+"""What the language model wrote, step by step: a table of profiles whose rows train on D_qa."""
+KEPT = {LEARNING: ("recipe", "seed"), SYNTHESIS: ("step", "asked", "yielded")}
+"""Tables that a publication may lack -> their columns."""
 TRIALS = "tuning.csv"
 """What ``tuning`` found for each row, where it was asked; no part of what ``study`` publishes."""
 SCORED = ("probe", "baseline", "joined")
@@ -60,6 +73,7 @@ class Evidence:
     labels: pl.DataFrame
     costs: pl.DataFrame
     learning: pl.DataFrame | None
+    synthesis: pl.DataFrame | None
     provenance: dict[str, Any]
     profile: params.Profile
 
@@ -204,7 +218,7 @@ def check_own(given: params.Profile) -> None:
 
 def hashes(name: str) -> dict[str, str]:
     """File -> sha256 of all that a page may read; {} where nothing is published."""
-    files = (*(f"{table}.csv" for table in (*TABLES, LEARNING)), "provenance.json", TRIALS)
+    files = (*(f"{table}.csv" for table in (*TABLES, *KEPT)), "provenance.json", TRIALS)
     paths = [folder(name) / file for file in files]
     return {path.name: provenance.sha256(path) for path in paths if path.is_file()}
 
@@ -241,8 +255,15 @@ def load(name: str) -> Evidence:
         raise EvidenceError(f"results/{name}: row {row!r}, seed {seed} is in {where}; {_mend(name)}")
     if lost := sorted({row for row, _ in shown} ^ set(tables["rows"]["recipe"])):
         raise EvidenceError(f"results/{name}: rows.csv and auc.csv differ in row {lost[0]!r}; {_mend(name)}")
-    learning = _table(name, LEARNING) if f"{LEARNING}.csv" in told["tables"] else None
-    return Evidence(name, **tables, learning=learning, provenance=told, profile=profile(name))
+    kept = {table: _table(name, table) if f"{table}.csv" in told["tables"] else None for table in KEPT}
+    return Evidence(
+        name,
+        **tables,
+        learning=kept[LEARNING],
+        synthesis=kept[SYNTHESIS],
+        provenance=told,
+        profile=profile(name),
+    )
 
 
 def _mend(name: str) -> str:
@@ -264,7 +285,7 @@ def _table(name: str, table: str) -> pl.DataFrame:
     if not path.is_file():
         raise EvidenceError(f"results/{name}/{table}.csv is missing; {_mend(name)}")
     found = pl.read_csv(path, infer_schema_length=None)
-    if lacking := [column for column in TABLES.get(table, ("recipe", "seed")) if column not in found.columns]:
+    if lacking := [column for column in (TABLES | KEPT)[table] if column not in found.columns]:
         raise EvidenceError(
             f"results/{name}/{table}.csv has no column {lacking[0]!r}, only {', '.join(found.columns)}; "
             f"{_mend(name)}"

@@ -12,7 +12,7 @@ from types import FrameType
 from ggsm_core import provenance
 from ggsm_core.runs import Run
 from ggsm_core.scheduler import Job, JobFailed, Scheduler
-from ggsm_core.stages import Node, Plan, check, with_needs
+from ggsm_core.stages import Node, Plan, UnknownRun, check, with_needs
 
 
 def workers() -> int:
@@ -95,6 +95,14 @@ def run_missing(plan: Plan, nodes: Iterable[Node], say: Callable[[str], None] = 
     jobs = missing_jobs(plan, nodes, say)
     if jobs:
         Scheduler(jobs, workers(), provenance.ROOT, say).run()
+
+
+def listed(given: str | None, option: str) -> list[str]:
+    """The names of ``a,b``, a command's ``option``; [] if there is none. Raises ``UnknownRun``."""
+    names = [] if given is None else given.split(",")
+    if "" in names:
+        raise UnknownRun(f"{option}: {given!r} names nothing in one place; write ggsm,causal or 0,1")
+    return names
 
 
 def exit_status(action: Callable[[], int]) -> int:

@@ -79,7 +79,7 @@ def info_nce_rows(
 ) -> tuple[Tensor, Negatives]:
     """Eq. 6 before the mean: Float[b], the loss of each row in ``rows``, and what was counted as a negative.
 
-    A process of a distributed run holds all B embeddings and asks for its own rows.
+    A trainer with micro-batches asks for some rows at a time; every process computes all of them.
     """
     _check(user, answer, temperature, margin, answer_ids, user_ids)
     batch = user.shape[0]

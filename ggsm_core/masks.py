@@ -84,7 +84,7 @@ def segment(inside: Tensor) -> Tensor:
 
 
 def span(valid: Tensor, delta: int) -> Tensor:
-    """Future keys up to ``min(i + delta, L)`` visible (A.4 b): Float[B, L, L].
+    """Future keys up to ``min(i + delta, L)`` visible (A.4, bidirectional b): Float[B, L, L].
 
     Positions are counted over real tokens, so padding on the left does not eat into the span.
     """

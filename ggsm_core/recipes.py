@@ -1,4 +1,6 @@
-"""The eight recipes of A.4: each says which future tokens are visible at training step t, and at inference.
+"""The eight recipes: which future tokens are visible at training step t, and at inference.
+
+Seven are those of A.4, hybrid by segment is from Sec. 1.
 
 Shapes: B batch, L length, d hidden size. A recipe returns a visibility (see ``masks``) and holds whatever it
 learns or freezes as parameters and buffers, so that its state travels with every checkpoint. To add one,

@@ -288,7 +288,7 @@ class NoParameters(Section):
 
 
 class Scheduler(Section):
-    """Scheduler (A.4 b)."""
+    """Scheduler (A.4, bidirectional b)."""
 
     schedule: Literal["soft_linear", "span_linear", "span_cosine"] = field(
         "soft_linear", "a growing weight, or a growing span"

@@ -15,7 +15,7 @@ import polars as pl
 
 from ggsm_core import book, evidence, provenance
 from ggsm_core.comparison import MEAN
-from ggsm_core.jobs import exit_status, run_missing
+from ggsm_core.jobs import exit_status, listed, run_missing
 from ggsm_core.params import Profile
 from ggsm_core.runs import Store
 from ggsm_core.stages import GRAPH, Plan, UnknownRun, check
@@ -95,20 +95,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ggsm_core.study", description="Compute the evidence.")
     default = ",".join(evidence.PROFILES)
     parser.add_argument("--profiles", default=default, help=f"some of {default}")
-    parser.add_argument("--recipes", default="", help="these rows alone, separated by commas")
-    parser.add_argument("--seeds", default="", help="these seeds alone, separated by commas")
+    parser.add_argument("--recipes", help="these rows alone, separated by commas")
+    parser.add_argument("--seeds", help="these seeds alone, separated by commas")
     parser.add_argument("--finished", action="store_true", help="publish what is whole; train nothing")
     given = parser.parse_args(arguments)
 
     def act() -> int:
-        profiles = [evidence.profile(name) for name in given.profiles.split(",")]
-        if given.recipes or given.seeds:
+        profiles = [evidence.profile(name) for name in listed(given.profiles, "--profiles")]
+        rows = listed(given.recipes, "--recipes")
+        seeds = [_number(seed) for seed in listed(given.seeds, "--seeds")]
+        if rows or seeds:
             if given.finished:
                 raise UnknownRun("--finished: publishes all that is whole; leave --recipes and --seeds out")
-            rows = [row for row in given.recipes.split(",") if row]
-            seeds = [_number(seed) for seed in given.seeds.split(",") if seed]
-            if not (rows or seeds):
-                raise UnknownRun("--recipes, --seeds: name at least one, as ggsm,causal or 0,1")
             for profile, only in part(profiles, rows, seeds):
                 for row, seed, auc, published in again(profile, only).iter_rows():
                     told = "not published" if published is None else f"published {published:.6f}"

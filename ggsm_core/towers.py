@@ -1,4 +1,4 @@
-"""Both towers of the objective are one decoder: built for a recipe, run on a batch of pairs (Sec. 4.1)."""
+"""Both towers of the objective are one decoder: built for a recipe, run on a batch of pairs (Sec. 4)."""
 
 from __future__ import annotations
 

@@ -102,17 +102,17 @@ def as_yaml(trials: pl.DataFrame) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     from ggsm_core import evidence
-    from ggsm_core.jobs import exit_status
+    from ggsm_core.jobs import exit_status, listed
 
     parser = argparse.ArgumentParser(prog="python -m ggsm_core.tuning", description="Tune every trained row.")
     parser.add_argument("--profile", type=Path, required=True)
-    parser.add_argument("--recipes", default="", help="these rows alone, separated by commas")
+    parser.add_argument("--recipes", help="these rows alone, separated by commas")
     given = parser.parse_args(arguments)
 
     def act() -> int:
         profile = params.load(given.profile)
         evidence.check_own(profile)
-        trials = tune(profile, [row for row in given.recipes.split(",") if row])
+        trials = tune(profile, listed(given.recipes, "--recipes"))
         out = evidence.folder(profile.name) / evidence.TRIALS
         out.parent.mkdir(parents=True, exist_ok=True)
         trials.write_csv(out, float_precision=6)

@@ -94,11 +94,14 @@ def gaps(
     which one has no numbers are left out.
     """
     pairs = [(row, reference) for row, reference in pairs if len(evidence.has(row, reference)) == 2]
+    rows = list(dict.fromkeys(name for pair in pairs for name in pair))
+    at = {row: place for place, row in enumerate(rows)}
+    auc, together = points(evidence, rows, task), covariance(evidence, rows, task)
     lines, over_seeds = [], spread(like or evidence, task)
     for row, reference in pairs:
-        point = float(np.subtract(*points(evidence, (row, reference), task)))
-        (one, both), (_, other) = covariance(evidence, (row, reference), task)
-        variance = max(one + other - 2 * both, 0.0)
+        one, other = at[row], at[reference]
+        point = float(auc[one] - auc[other])
+        variance = max(together[one, one] + together[other, other] - 2 * together[one, other], 0.0)
         drawn = [name for name in (row, reference) if name not in UNSEEDED_BASELINES]
         seeds = min((evidence.seeds[name] for name in drawn), default=1)
         if drawn and seeds == 1:

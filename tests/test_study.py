@@ -51,7 +51,14 @@ def project(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Toy:
 
 
 @pytest.mark.parametrize(
-    ("given", "words"), [(["--finished", "--seeds", "0"], "--finished"), (["--recipes", ","], "at least one")]
+    ("given", "words"),
+    [
+        (["--finished", "--seeds", "0"], "--finished"),
+        (["--recipes", ","], "--recipes: ',' names nothing"),
+        (["--recipes", ""], "--recipes: '' names nothing"),
+        (["--seeds", "0,,1"], "--seeds: '0,,1' names nothing"),
+        (["--profiles", ""], "--profiles: '' names nothing"),
+    ],
 )
 def test_an_order_that_contradicts_itself_computes_nothing(
     given: list[str], words: str, capsys: pytest.CaptureFixture[str]

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toygraph import small
 
-from ggsm_core import batches, runs, sections, stages, training
+from ggsm_core import batches, book, runs, sections, stages, training
 from ggsm_core.synthesis import mix, steps
 
 
@@ -128,3 +128,19 @@ def test_a_mix_is_a_row_of_the_comparison() -> None:
         small(synthesis=None, variants={"ggsm_qa_25": share})
     with pytest.raises(ValueError, match="qa_share"):
         small(synthesis={}, variants={"ggsm_qa_25": share | {"training": {"qa_share": 1.0}}})
+
+
+def test_what_the_model_wrote_is_published_beside_the_rows(tmp_path: Path) -> None:
+    share = {"recipe": "ggsm", "training": {"qa_share": 0.25}}
+    plan = stages.Plan(
+        stages.GRAPH, small(synthesis={}, variants={"ggsm_qa_25": share}), runs.Store(tmp_path)
+    )
+    folder = plan.store.folder(plan.node("synthesis").name)
+    folder.mkdir(parents=True)
+    told = {"asked": 8, "answered": 6, "yielded": 3, "prompt_tokens": 900, "completion_tokens": 90}
+    report = {"step": steps.NAMES, "seconds": 1.5, "dollars": 0.0, "malformed": 1, "cut": 1} | told
+    pl.DataFrame(report).write_parquet(folder / "report.parquet")
+    table = book.synthesis(plan)
+    assert {"seconds", "dollars"}.isdisjoint(table.columns)  # the one differs from run to run
+    assert table.columns[:2] == ["step", "asked"] and table["step"].to_list() == list(steps.NAMES)
+    assert set(table["yielded"]) == {3}

@@ -1,4 +1,4 @@
-"""Some 200 hand-made features for gradient-boosted trees: what a data scientist would build instead."""
+"""Some 260 hand-made features for gradient-boosted trees: what a data scientist would build instead."""
 
 from __future__ import annotations
 

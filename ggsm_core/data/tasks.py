@@ -1,8 +1,9 @@
 """The nine downstream tasks, one for each of the paper's (Table 1).
 
-A label is 1, 0 or null: null where the task's filter leaves the sample out. Labels look at the future window
-[a, a + future_days) of a sample with anchor day a, filters at the history, except ``mailer_share_hi``, whose
-filter (enough items at covered stores) is part of what makes the label computable.
+A label is 1, 0 or null: null where the task's filter leaves the sample out. Labels (but ``income_ge75k``, a
+trait) look at the future window [a, a + future_days) of a sample with anchor day a, filters at the history,
+except ``mailer_share_hi``, whose filter (enough items at covered stores) is part of what makes the label
+computable.
 """
 
 from __future__ import annotations
