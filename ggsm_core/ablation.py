@@ -11,6 +11,8 @@ everything else (warm-up, freezing, opening, the probe pass and its cost) stays 
 | position | the mean weight at each distance from ``<USER>`` | what is specific to a user |
 | attention | a signal from the decoder, of the same pass | the gradient: what ``<USER>`` attends to instead |
 
+``random`` and ``position`` look at the whole batch: they are for one process, and not for micro-batches.
+
 Shapes: B batch, L length, d hidden size; ``valid`` is Bool[B, L].
 """
 

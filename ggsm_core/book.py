@@ -19,7 +19,7 @@ from ggsm_core.jobs import context
 from ggsm_core.notebooks import INJECTED, PACKAGE, Notebook, seconds, shown_path
 from ggsm_core.runs import Run
 from ggsm_core.scheduler import Job
-from ggsm_core.stages import Plan
+from ggsm_core.stages import Node, Plan
 from ggsm_core.stages import check as whole_runs
 
 SECONDS = 45.0
@@ -73,12 +73,19 @@ def write_results(plan: Plan, folder: Path, notebooks: Path) -> None:
     provenance.write_atomically(folder / "provenance.json", json.dumps(result, indent=1) + "\n")
 
 
+def read(plan: Plan) -> list[Node]:
+    """The runs that ``write_results`` reads."""
+    stages = [name for name, stage in plan.graph.stages.items() if stage.embeds or name == "contrast"]
+    nodes = [node for name in stages for node in plan.of_stage(name)]
+    return [plan.node("compare"), *nodes, *([plan.node("synthesis")] if plan.profile.mixes else [])]
+
+
 def costs(plan: Plan) -> pl.DataFrame:
     """What each embedding costs: its dimension d, seconds of training and of embedding all probe samples.
 
-    The wall time of its runs, two of which share two cores. A peer's one run trains and embeds; a frozen
-    decoder or text encoder has no training. Columns: recipe, seed, dimension, training_seconds,
-    embedding_seconds (null where it isn't told apart).
+    Training is the sum of its logged steps, also where it was interrupted; else the wall time of a run. Two
+    runs share two cores. A peer's one run trains and embeds; a frozen decoder or text encoder trains nothing.
+    Columns: recipe, seed, dimension, training_seconds, embedding_seconds (null where it isn't told apart).
     """
     table = []
     for stage in (name for name, stage in plan.graph.stages.items() if stage.embeds):
@@ -87,7 +94,8 @@ def costs(plan: Plan) -> pl.DataFrame:
             with safe_open(folder / "embeddings.safetensors", framework="numpy") as file:
                 dimension = file.get_slice("embeddings").get_shape()[1]
             trained, own = node.inputs.get("contrast"), Run(folder).provenance["seconds"]
-            training = Run(plan.store.folder(trained.name)).provenance["seconds"] if trained else 0.0
+            steps = Run(plan.store.folder(trained.name)).metrics()["seconds"] if trained else None
+            training = float(steps.sum()) if steps is not None else 0.0
             apart = (training, own) if stage in ("embed", "text") else (own, None)
             table.append((node.row, node.seed, dimension, *apart))
     kinds = (pl.String, pl.Int64, pl.Int64, pl.Float64, pl.Float64)

@@ -165,8 +165,8 @@ def on_ray(
         )
         for number, _ in enumerate(shards.iter_rows(), len(done) + 1):
             progress(number, bulk.BUCKETS, "shards embedded")
-    (parts / NOTE).unlink()
     parts.rename(out)
+    (out / NOTE).unlink()
 
 
 class _Shards:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 from safetensors.numpy import save_file
 
 from ggsm_core.collation import collate
@@ -29,6 +30,7 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
         encoder = UserEncoder.load(inputs["contrast"], base=base)
     else:
         encoder = build_encoder(params, inputs)
+    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     users = Sequences.load(inputs["tokens"], "probe_users")
     embeddings = embed_all(encoder, users, features(inputs["texts"]), progress=progress)
     sample = pl.read_parquet(inputs["tokens"] / "probe.parquet")["sample"].to_numpy()

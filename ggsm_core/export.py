@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -51,7 +52,8 @@ def export(
         auc: rows of ``auc.csv`` for the card: recipe, seed, task, auc, ci_low, ci_high, n.
 
     Raises:
-        ExportError: the recipe or the input stands against it. Nothing is written then.
+        ExportError: the recipe or the input stands against it, or what was written embeds otherwise and is
+            removed again.
     """
     if auc is not None:
         from ggsm_core.evaluation import AUC_COLUMNS  # scikit-learn behind it, for the card alone
@@ -66,7 +68,11 @@ def export(
         encoder = encoder.merged()
     encoder.float()
     model = _write(encoder, causal, out)
-    _compare(encoder, model)
+    try:
+        _compare(encoder, model)
+    except ExportError:
+        shutil.rmtree(out)
+        raise
     (out / "README.md").write_text(_card(encoder, causal, data, auc), encoding="utf-8")
 
 

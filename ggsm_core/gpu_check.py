@@ -101,17 +101,22 @@ def _shares(profile: Profile, processes: int) -> Line:
 
 
 def _memory(profile: Profile, machine: Machine, processes: int) -> Line:
-    """Held against the fullest GPU; the mend is a micro-batch that fits, where there is one."""
+    """The neediest row against the fullest GPU; the mend is a micro-batch that fits, if there is one."""
+    if not profile.trained:
+        return Line("memory", False, "recipes, variants: no row of this profile is trained")
+    needs = []
     try:
-        work = cost.Work.of(profile, profile.recipes.active[0], machine.config)
+        for row in profile.trained:
+            work, training = cost.Work.of(profile, row, machine.config), profile.row(row).training
+            share = ceil(training.batch_size / processes)
+            rows = min(training.micro_batch or share, share)
+            needs.append((work.states(processes) + rows * work.kept, row, rows, work))
     except cost.CostError as problem:
         return Line("memory", False, f"can't be told: {problem}")
-    free = ROOM * min(gpu.free for gpu in machine.gpus[:processes])
-    states = work.states(processes)
-    share = ceil(profile.training.batch_size / processes)
-    rows = min(profile.training.micro_batch or share, share)
-    need = states + rows * work.kept
-    told = f"{need / 1e9:.1f} GB for {rows} pairs at a time, of {free / 1e9:.1f} GB that may be planned with"
+    need, row, rows, work = max(needs, key=lambda one: one[0])
+    free, states = ROOM * min(gpu.free for gpu in machine.gpus[:processes]), work.states(processes)
+    what = f"{rows} pairs of {row} at a time"
+    told = f"{need / 1e9:.1f} GB for {what}, of {free / 1e9:.1f} GB that may be planned with"
     if need <= free:
         return Line("memory", True, told)
     if (fitting := int((free - states) // work.kept)) >= 1:

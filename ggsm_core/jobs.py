@@ -16,7 +16,7 @@ from ggsm_core.stages import Node, Plan, UnknownRun, check, with_needs
 
 
 def workers() -> int:
-    """Processes at a time: ``GGSM_WORKERS``, or one a core (where all train on one GPU, set fewer)."""
+    """Processes at a time: ``GGSM_WORKERS``, or one a core. One that uses a GPU is alone (``Stage.gpu``)."""
     return provenance.positive("GGSM_WORKERS", provenance.cores())
 
 
@@ -68,7 +68,7 @@ def _job(plan: Plan, node: Node, measured: dict[str, float]) -> Job:
         stdin=json.dumps(request),
         needs=frozenset(need.name for need in node.inputs.values()),
         seconds=measured.get(node.label, node.stage.seconds),
-        threads=node.stage.threads,
+        threads=workers() if node.stage.gpu and provenance.has_gpu() else node.stage.threads,
         progress_file=plan.store.progress_file(node.name),
         log=plan.store.progress_file(node.name).with_suffix(".log"),
     )

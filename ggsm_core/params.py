@@ -208,6 +208,18 @@ class Profile(Section):
                 )
             if recipe == "hybrid_mask" and guidance.warm_steps < 1:
                 raise ValueError(f"{where}.warm_steps: 0 leaves no weights to freeze; at least 1")
+            if guidance.source in ("random", "shuffled") and (
+                guidance.warm_steps > training.checkpoint_every or guidance.freeze == "tower"
+            ):
+                raise ValueError(
+                    f"{where}.source: {guidance.source} draws anew after a resume, so no checkpoint may lie "
+                    "within warm-up: training.checkpoint_every at least warm_steps, and freeze not tower"
+                )
+            if guidance.source in ("random", "position") and training.micro_batch is not None:
+                raise ValueError(
+                    f"{where}.source: {guidance.source} needs the whole batch at once; leave "
+                    "training.micro_batch out"
+                )
             site = re.fullmatch(r"layer:(\d+)", guidance.grad_site)
             if site and self.backbone.kind == "scratch" and int(site[1]) >= self.backbone.layers:
                 raise ValueError(

@@ -131,6 +131,11 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
+def has_gpu() -> bool:
+    """Whether this machine shows an NVIDIA GPU; without torch, which is slow to import."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 @cache
 def machine() -> dict[str, Any]:
     """Processor, usable cores, memory in GiB, GPU if torch sees one. No host name, no user name."""

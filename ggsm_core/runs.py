@@ -31,6 +31,8 @@ READS = "GGSM_READS"
 """Environment variable: a file that names the runs which the executing notebook declared, and no other."""
 CONFIG = "run.json"
 """Not config.json: that is a decoder's, where a run saves one."""
+SCRATCH = "checkpoints"
+"""What an interrupted attempt goes on from: of no use in a finished run, and kept until it is one."""
 UNCHECKED = {MANIFEST, "log.txt"}  # the log may still grow by what the interpreter says when it ends
 
 
@@ -132,6 +134,7 @@ class Store:
     def finish(self, name: str, provenance: dict[str, Any]) -> Run:
         """Make the partial folder the result. Call under the lock; replaces a damaged folder."""
         partial, folder = self.partial(name), self.folder(name)
+        shutil.rmtree(partial / SCRATCH, ignore_errors=True)
         write_atomically(partial / "provenance.json", json.dumps(provenance, indent=1))
         files = [path for path in sorted(partial.rglob("*")) if path.is_file() and path.name not in UNCHECKED]
         manifest = {

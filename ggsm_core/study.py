@@ -26,18 +26,20 @@ Only = Callable[[str, int | None], bool]
 def publish(profile: Profile, only: Only | None = None, say: Callable[[str], None] = print) -> None:
     """Compute what is missing of the rows and seeds that ``only`` lets through, and write their tables."""
     plan = Plan(GRAPH, profile, Store(), only)
-    run_missing(plan, [plan.node("compare")], say)
+    run_missing(plan, book.read(plan), say)
     build = provenance.ROOT / "build" / profile.name / "notebooks"
     book.write_results(plan, evidence.folder(profile.name), build)
     say(f"published results/{profile.name}")
 
 
 def finished(profile: Profile) -> Only:
-    """Lets those rows and seeds through whose scores are whole. Raises ``UnknownRun`` where none are."""
+    """Lets those rows and seeds through of which all is whole. Raises ``UnknownRun`` where none are."""
     plan = Plan(GRAPH, profile, Store())
     scored = [node for node in plan.all() if node.stage.name in evidence.SCORED]
-    whole = check(scored, plan.store)
-    kept = {(node.row, node.seed) for node in scored if node.name in whole}
+    made = [node for node in book.read(plan) if node.row is not None]
+    whole = check([*scored, *made], plan.store)
+    lost = {(node.row, node.seed) for node in made if node.name not in whole}
+    kept = {(node.row, node.seed) for node in scored if node.name in whole} - lost
     if not kept:
         raise UnknownRun(f"profile {profile.name!r}: no row is computed yet; `make study` computes them")
     return lambda row, seed: (row, seed) in kept

@@ -460,7 +460,6 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
     if log is not None:
         log.close()
         trainer.encoder.save(out, state)
-        store.remove()
 
 
 if __name__ == "__main__":

@@ -89,6 +89,14 @@ def tune(profile: Profile, rows: Sequence[str] = (), say: Callable[[str], None] 
     return choose(pl.DataFrame(lines, schema=["row", "rate", "length", "auc", "run", "commit"], orient="row"))
 
 
+def merged(trials: pl.DataFrame, earlier: Path) -> pl.DataFrame:
+    """``trials``, and of the table ``earlier`` the rows that they are not about."""
+    if not earlier.is_file():
+        return trials
+    others = pl.read_csv(earlier).filter(~pl.col("row").is_in(trials["row"].unique().to_list()))
+    return pl.concat([others.cast(trials.schema), trials])
+
+
 def as_yaml(trials: pl.DataFrame) -> str:
     """The section ``tuned`` of a profile; rows that stay as they are are left out."""
     chosen = trials.filter("chosen").filter((pl.col("rate") != 1) | (pl.col("length") != 1))
@@ -115,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trials = tune(profile, listed(given.recipes, "--recipes"))
         out = evidence.folder(profile.name) / evidence.TRIALS
         out.parent.mkdir(parents=True, exist_ok=True)
-        trials.write_csv(out, float_precision=6)
+        merged(trials, out).write_csv(out, float_precision=6)
         print(as_yaml(trials))
         return 0
 

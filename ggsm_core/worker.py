@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -252,6 +253,8 @@ def leave_with(parent: int) -> None:
     """End when the scheduler is gone: an orphan would compute for nobody, and hold the lock."""
     while os.getppid() == parent:
         time.sleep(1)
+    if os.getpgrp() == os.getpid():  # the scheduler's child: what it started, say a server, goes with it
+        os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 

@@ -21,6 +21,7 @@ matplotlib.use("agg")
 PAGES = ("11_does_the_gradient_matter", "15_the_study", "16_claims")
 FEW = {
     "study": {"causal": 1, "bidirectional": 1, "ggsm": 2, "handmade": 1},
+    "controls": {"ggsm": 2, "ggsm_embeddings_rank": 1, "ggsm_random": 1},
     "ablation": {
         "bidirectional": 1,
         "ggsm": 2,
@@ -29,7 +30,12 @@ FEW = {
         "ggsm_warm_0": 1,
     },
 }
-LEAST = {"study": {"causal": 1, "bidirectional": 1, "ggsm": 1}, "ablation": {"bidirectional": 1, "ggsm": 1}}
+LEAST = {
+    "study": {"causal": 1, "bidirectional": 1, "ggsm": 1},
+    "controls": {"ggsm": 1},
+    "ablation": {"bidirectional": 1, "ggsm": 1},
+}
+WHOLE = ("study", "study_new_users", "controls", "ablation")
 
 
 whole = planted.experiment
@@ -78,7 +84,7 @@ def text_of(value: Any) -> str:
 def test_a_page_shows_what_there_is(
     name: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = {profile: published.rows_of(profile) for profile in ("study", "study_new_users", "ablation")}
+    whole = {profile: published.rows_of(profile) for profile in WHOLE}
     shown = execute(name, tmp_path, {"whole": whole, "few": FEW, "least": LEAST}[rows], monkeypatch)
     first = next(iter(shown.values()))
     assert ("none is missing" in first) == (rows == "whole")
@@ -88,11 +94,11 @@ def test_a_page_shows_what_there_is(
 
 def test_the_verdict_comes_from_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient that leads by 0.02 is supported; take one control away and it is only not shown."""
-    rows = {"ablation": published.rows_of("ablation")}
+    rows = {profile: published.rows_of(profile) for profile in WHOLE[2:]}
     shown = execute(PAGES[0], tmp_path, rows, monkeypatch)
     assert "**That the gradient matters: supported.**" in shown["verdict"]
     assert "better 5, worse 0" in shown["verdict"]
-    del rows["ablation"]["ggsm_random"]
+    del rows["controls"]["ggsm_random"]
     (tmp_path / "less").mkdir()
     shown = execute(PAGES[0], tmp_path / "less", rows, monkeypatch)
     assert "**That the gradient matters: not shown.**" in shown["verdict"]

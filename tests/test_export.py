@@ -90,6 +90,22 @@ def test_the_wrong_attention_would_show(tmp_path: Path) -> None:
         export._compare(encoder, reader)
 
 
+def test_an_export_that_embeds_otherwise_is_removed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = saved(tmp_path, "bidirectional")
+    write = export._write
+
+    def wrong(encoder: model.UserEncoder, causal: bool, out: Path) -> Any:
+        return write(encoder, True, out)
+
+    with monkeypatch.context() as changed, pytest.raises(export.ExportError, match="differ by"):
+        changed.setattr(export, "_write", wrong)
+        export.export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export.export(folder, tmp_path / "out")  # and nothing is in the way of another try
+
+
 def test_another_way_to_split_text_would_show(tmp_path: Path) -> None:
     """Negative control: AutoTokenizer, left to itself, gives Qwen2 another pre-tokenizer than ours."""
     encoder, folder = saved(tmp_path, "causal", "qwen2")

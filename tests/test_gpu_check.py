@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ggsm_core import cost, gpu_check, params, sections
+from ggsm_core import cost, gpu_check, jobs, params, provenance, runs, sections, stages
 from ggsm_core.gpu_check import Gpu, Machine
 
 PARAMS = Path(__file__).resolve().parents[1] / "params"
@@ -57,6 +57,14 @@ def test_each_problem_is_told_with_its_mend() -> None:
     hub = GPU.model_copy(update={"backbone": GPU.backbone.model_copy(update={"path": "some/body"})})
     assert "can't be told" in problems(hub, Machine((BIG,)))["memory"]
     assert not problems(hub, Machine((BIG,), config=cost.QWEN_05B))
+
+
+def test_memory_is_that_of_the_neediest_row() -> None:
+    larger = {"wide": {"recipe": "causal", "training": {"batch_size": 4096, "micro_batch": None}}}
+    changed = params.Profile.model_validate(GPU.model_dump() | {"variants": larger})
+    assert "4096 pairs of wide at a time" in problems(changed, Machine((BIG,)))["memory"]
+    none = GPU.model_copy(update={"recipes": params.Recipes(**dict.fromkeys(params.RECIPE_NAMES))})
+    assert "no row of this profile is trained" in problems(none, Machine((BIG,)))["memory"]
 
 
 @given(free=st.floats(1e9, 100e9), processes=st.integers(1, 8))
@@ -121,3 +129,17 @@ def test_a_real_decoder_in_a_folder_is_told_in_full(tmp_path: Path) -> None:
     seen = gpu_check.look(own)
     assert seen.weights is None and seen.config.hidden_size == tiny.HIDDEN
     assert not problems(own, Machine((Gpu("small", 2e9, True),), config=seen.config))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_run_that_uses_the_gpu_has_it_to_itself(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is checked is the memory of one run."""
+    monkeypatch.setattr(provenance, "has_gpu", lambda: there)
+    monkeypatch.setenv("GGSM_WORKERS", "4")
+    plan = stages.Plan(stages.GRAPH, GPU, runs.Store(tmp_path))
+    threads = {job.title: job.threads for job in jobs.missing_jobs(plan, plan.all())}
+    wide = {title for title, number in threads.items() if number == 4}
+    trained = {node.title for node in plan.all() if node.stage.name in ("pretrain", "contrast", "embed")}
+    assert wide == (trained if there else set())

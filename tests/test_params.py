@@ -143,3 +143,23 @@ def test_no_content_makes_it_fall_over(tmp_path_factory: pytest.TempPathFactory,
         load(tmp_path_factory.mktemp("profile"), {"name": "mine", "training": raw})
     except ProfileError:
         pass
+
+
+@pytest.mark.parametrize(
+    ("options", "training", "words"),
+    [
+        ({"source": "random", "warm_steps": 30}, {"checkpoint_every": 20}, "draws anew after a resume"),
+        ({"source": "shuffled", "freeze": "tower"}, {}, "draws anew after a resume"),
+        ({"source": "random"}, {"micro_batch": 8}, "needs the whole batch"),
+        ({"source": "position"}, {"micro_batch": 8}, "needs the whole batch"),
+    ],
+)
+def test_a_control_that_could_not_be_honoured_is_refused(
+    options: dict[str, Any], training: dict[str, Any], words: str
+) -> None:
+    quick = params.load(ROOT / "params" / "quick.yaml").model_dump()
+    variant = {"recipe": "ggsm", "options": options, "training": training}
+    with pytest.raises(ValueError, match=rf"variants\.one\.options\.source: {options['source']} {words}"):
+        params.Profile.model_validate(quick | {"variants": {"one": variant}})
+    allowed = variant | {"options": options | {"source": "gradient"}}
+    assert params.Profile.model_validate(quick | {"variants": {"one": allowed}})

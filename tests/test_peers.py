@@ -20,7 +20,8 @@ from test_baselines import PEERS, event, habit, log, write
 from torch import Tensor, nn
 
 from ggsm_core import params, sections
-from ggsm_core.baselines import joined, language, text_embeddings
+from ggsm_core.baselines import instructue, joined, language, text_embeddings
+from ggsm_core.baselines.answered import Answered
 from ggsm_core.baselines.base import BaselineError, Histories
 from ggsm_core.baselines.coles import coles_loss
 from ggsm_core.baselines.cpc import cpc_loss
@@ -29,13 +30,16 @@ from ggsm_core.baselines.found import Model
 from ggsm_core.baselines.instructue import answer_loss
 from ggsm_core.baselines.msdp import Msdp, distribution_loss
 from ggsm_core.baselines.visits import NUMBERS, Visits, Vocabulary
+from ggsm_core.batches import Pairs
 from ggsm_core.codehash import closure
 from ggsm_core.data import windows
+from ggsm_core.order import QA
 from ggsm_core.params import Profile, ProfileError
 from ggsm_core.runs import Store
 from ggsm_core.sections import Evaluation
 from ggsm_core.stages import GRAPH, Plan
 from ggsm_core.template import RECORD_TOKEN, render
+from ggsm_core.towers import build_encoder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
@@ -278,6 +282,27 @@ def test_a_language_model_learns_and_embeds(name: str, corpus: dict[str, Path], 
     assert results[0] == results[1], "one seed, one result"
     how = json.loads((out / "system.json").read_text())
     assert how["dimension"] == (PEERS.hidden if name == "found" else tiny.HIDDEN) and how["parameters"] > 0
+
+
+def test_the_written_answers_weigh_as_much_in_micro_batches(corpus: dict[str, Path]) -> None:
+    given = declared("instructue")
+    given.recipe, given.options, weights = "causal", None, []
+    for micro_batch in (None, 3, 2):
+        given.training = given.training.model_copy(update={"micro_batch": micro_batch})
+        pairs = Pairs(corpus["tokens"], corpus["texts"], 6, 0)
+        trainer = instructue._Trainer(build_encoder(given, corpus), pairs, given)
+        parts = trainer._chunks(0)
+        assert len(parts) == (1 if micro_batch is None else 6 // micro_batch)
+        weights.append(sum(trainer._beside(part, 0).item() for part in parts))
+    # Other rows are written in each case; untrained, all cost about as much.
+    assert weights[1:] == pytest.approx([weights[0]] * 2, rel=0.2)
+
+
+def test_found_learns_from_behaviour_alone(tmp_path: Path) -> None:
+    tokens = tiny.corpus(tmp_path, kinds=("visits", QA))["tokens"]
+    read = Answered.read(tokens, tiny.feature_of)
+    kinds = pl.read_parquet(tokens / "pairs.parquet")["granularity"].to_numpy()
+    assert {kinds[row] for rows in read.of_sample for row in rows} == {"visits"}
 
 
 def test_found_reads_records_and_nothing_else() -> None:

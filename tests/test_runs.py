@@ -16,7 +16,7 @@ from toygraph import Toy, small
 
 from ggsm_core import params, provenance, runs, sections
 from ggsm_core.jobs import disk_message
-from ggsm_core.runs import DamagedRun, Run, Store, UndeclaredRun
+from ggsm_core.runs import SCRATCH, DamagedRun, Run, Store, UndeclaredRun
 from ggsm_core.scheduler import JobFailed
 from ggsm_core.stages import UnknownRun
 from ggsm_core.worker import Declared, Undeclared
@@ -160,9 +160,11 @@ def test_a_half_written_folder_is_wiped_or_resumed(toy: Toy) -> None:
         folder = plan.store.partial(node.name)
         folder.mkdir(parents=True)
         (folder / "half.txt").write_text("half")
+        (folder / SCRATCH).mkdir()
     windows, contrast = toy.compute(plan, *nodes)
     assert not (windows.folder / "half.txt").exists()
     assert (contrast.folder / "half.txt").exists()  # training goes on from its checkpoints
+    assert not (contrast.folder / SCRATCH).exists()  # which are of no use once it is whole
     assert not plan.store.partial(windows.name).exists()
 
 
@@ -249,13 +251,16 @@ def test_an_interrupt_ends_the_children_and_says_what_is_kept(toy: Toy, number: 
 
 
 def test_an_orphan_does_not_compute_on(toy: Toy) -> None:
-    """The parent is killed without a chance to end its children."""
+    """The parent is killed without a chance to end its children, nor they theirs."""
     pids = toy.folder / "pids.txt"
-    toy.behave(f"import os, time; open({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n'); time.sleep(60)")
+    toy.behave(
+        "import os, subprocess, time; child = subprocess.Popen(['sleep', '60']); "
+        f"open({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n{{child.pid}}\\n'); time.sleep(60)"
+    )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(toy.folder), *sys.path])}
     process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(toy.folder / "runs")], env=environment)
     deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and (not pids.exists() or pids.read_text().count("\n") < 2):
+    while time.monotonic() < deadline and (not pids.exists() or pids.read_text().count("\n") < 4):
         time.sleep(0.1)
     process.kill()
     process.wait()

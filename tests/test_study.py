@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -26,9 +27,9 @@ def rows_and_seeds(toy: Toy, profile: Profile, only: study.Only) -> list[str]:
 
 
 def test_rows_are_found_where_they_first_stand(toy: Toy) -> None:
-    """ggsm belongs to the study, though other profiles have it too; a variant to the ablation."""
+    """ggsm belongs to the study, though other profiles have it too; a control to its own profile."""
     (first, keep), (second, keep_too) = study.part(three(), ["ggsm_constant", "ggsm"], [1, 3])
-    assert (first.name, second.name) == ("study", "ablation")
+    assert (first.name, second.name) == ("study", "controls")
     assert rows_and_seeds(toy, first, keep) == ["probe-ggsm-s1", "probe-ggsm-s3"]
     assert rows_and_seeds(toy, second, keep_too) == ["probe-ggsm_constant-s1", "probe-ggsm_constant-s3"]
     ((profile, every),) = study.part(three()[:1], [], [0])
@@ -86,6 +87,20 @@ def test_what_is_whole_is_published_and_nothing_else_is_computed(project: Toy) -
         ("probe", "ggsm", 1),
     ]
     assert told["tables"]["auc.csv"] == provenance.sha256(folder / "auc.csv")
+
+
+def test_an_encoder_that_is_gone_is_made_again_or_its_row_left_out(project: Toy) -> None:
+    """The tables tell what training did, so a score alone is not enough."""
+    profile = small(name="study", seeds=[0, 1])
+    study.publish(profile, say=project.lines.append)
+    gone = next((project.folder / "runs").glob("contrast-ggsm-s1-*"))
+    shutil.rmtree(gone)
+    only = study.finished(profile)
+    assert only("ggsm", 0) and not only("ggsm", 1) and only("causal", 1)
+    study.publish(profile, only, project.lines.append)
+    assert not gone.exists()
+    study.publish(profile, say=project.lines.append)
+    assert gone.exists()
 
 
 def test_leaving_rows_out_changes_no_run(project: Toy) -> None:

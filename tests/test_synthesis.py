@@ -27,7 +27,7 @@ from ggsm_core.provenance import ROOT
 from ggsm_core.runs import Store
 from ggsm_core.stages import GRAPH, Plan, UnknownRun
 from ggsm_core.synthesis import client, difficulty, history, prompts, questions, scenarios, steps
-from ggsm_core.synthesis.budget import BudgetExceeded
+from ggsm_core.synthesis.budget import BudgetExceeded, Prices
 from ggsm_core.synthesis.checks import Checker
 from ggsm_core.synthesis.history import Fact, History
 from ggsm_core.template import MODALITIES
@@ -223,6 +223,15 @@ def test_purchases_stand_last_in_what_the_model_reads(log: Path) -> None:
     (someone,) = history.read(log, [0], 4)
     shown = [line.partition(":")[0] for line in someone.text.splitlines()]
     assert shown[-1] == "bill" and shown == [name for name in reversed(MODALITIES) if name in shown]
+
+
+def test_a_step_is_read_as_it_was_written(tmp_path: Path) -> None:
+    """Also with characters that end a line elsewhere than in JSON lines."""
+    free = SimpleNamespace(budget=SimpleNamespace(prices=Prices()))
+    step = steps.Step("pool", tmp_path, free, lambda done, total: None)  # type: ignore[arg-type]
+    step.rows = [{"problems": ["cut: a\u2028b\u2029c\u0085d"]}, {"problems": []}]
+    step.write()
+    assert steps.read_rows(tmp_path / "pool.jsonl") == step.rows
 
 
 def test_equal_pairs_of_one_sample_count_once() -> None:

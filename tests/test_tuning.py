@@ -93,6 +93,19 @@ def test_the_best_trial_is_chosen_and_the_first_of_equals() -> None:
     assert tuning.as_yaml(chosen.filter(pl.col("row") == "cpc")) == "tuned: {}"
 
 
+def test_rows_tuned_later_stand_beside_the_earlier_ones(tmp_path: Path) -> None:
+    def trials(row: str, *auc: float) -> pl.DataFrame:
+        table = {"row": row, "rate": [1.0, 0.2], "length": 1.0, "auc": auc, "run": "probe", "commit": "c"}
+        return tuning.choose(pl.DataFrame(table))
+
+    out = tmp_path / "tuning.csv"
+    assert tuning.merged(trials("ggsm", 0.7, 0.6), out).height == 2
+    pl.concat([trials("ggsm", 0.7, 0.6), trials("cpc", 0.5, 0.6)]).write_csv(out)
+    both = tuning.merged(trials("ggsm", 0.6, 0.8), out)
+    assert both.filter("chosen").select("row", "rate").rows() == [("cpc", 0.2), ("ggsm", 0.2)]
+    assert both.height == 4
+
+
 def test_nothing_to_tune_on_is_named() -> None:
     data = params.load(QUICK).data.model_dump() | {"train_anchors": [200, 210]}
     with pytest.raises(tuning.TuningError, match="probe, 210"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
+from ggsm_core.order import QA
 from ggsm_core.tokens import Sequences
 
 if TYPE_CHECKING:
@@ -36,9 +37,10 @@ class Answered:
 
     @classmethod
     def read(cls, tokens: Path, feature_of: Callable[[str], np.ndarray]) -> Answered:
-        """From a run of stage ``tokens``."""
+        """From a run of stage ``tokens``: D_behavior alone, also where D_qa lies beside it."""
         table = pl.read_parquet(tokens / "pairs.parquet").with_row_index("row")
-        samples = table.group_by("sample", maintain_order=True).agg("row", pl.col("user_id").first())
+        behaviour = table.filter(pl.col("granularity") != QA)
+        samples = behaviour.group_by("sample", maintain_order=True).agg("row", pl.col("user_id").first())
         return cls(
             Users(Sequences.load(tokens, "train_users"), feature_of),
             Sequences.load(tokens, "train_answers"),

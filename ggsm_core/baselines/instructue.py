@@ -65,7 +65,7 @@ class _Trainer(Trainer):
     def _beside(self, chunk: Chunk, step: int) -> Tensor:
         rows, some = self.pairs.rows(step), chunk.users[::WRITTEN]
         pairs = self.pairs.batch(rows, self.encoder.ids[PAD_TOKEN], some).to(self.accelerator.device)
-        return answer_loss(self.encoder, pairs.user, pairs.answer)
+        return answer_loss(self.encoder, pairs.user, pairs.answer) * (len(chunk.users) / len(rows))
 
 
 class InstructUe(Baseline[Pairs, Users]):

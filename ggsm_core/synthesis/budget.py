@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MILLION = 1_000_000
+GO_ON = (
+    "answers so far are kept and cost nothing again; a raised limit counts from 0, so set it to what may be "
+    "spent from here on"
+)
+"""The limit is part of what names a run, and a run has a ledger of its own."""
 
 
 class BudgetExceeded(ValueError):
@@ -78,13 +83,13 @@ class Budget:
             if self.limit_tokens is not None and self.tokens + more > self.limit_tokens:
                 raise BudgetExceeded(
                     f"synthesis.budget_tokens: {self.limit_tokens:,} allowed, {self.tokens:,} spent, and the "
-                    f"next request may take {more:,}; raise it to go on from what is done"
+                    f"next request may take {more:,}; {GO_ON}"
                 )
             price = self.prices.of(prompt_tokens, completion_tokens)
             if self.limit_dollars is not None and self.dollars + price > self.limit_dollars:
                 raise BudgetExceeded(
                     f"synthesis.budget_dollars: {self.limit_dollars:.4f} allowed, {self.dollars:.4f} spent, "
-                    f"and the next request may cost {price:.4f}; raise it to go on from what is done"
+                    f"and the next request may cost {price:.4f}; {GO_ON}"
                 )
             ticket = len(self._entries)
             self._write(ticket, prompt_tokens, completion_tokens)
