@@ -77,9 +77,9 @@ class Pairs:
         """Int64[B]: the pairs of batch ``step``. Every sample comes once an epoch, with one of its answers.
 
         One granularity a batch: with several, InfoNCE is soon solved by telling kinds of answers apart. A
-        batch that begins in one epoch and ends in the next may hold a sample twice; its rows share the user
-        and are no negatives of each other. A batch is of D_behavior or of D_qa, whose steps are spread evenly
-        and make up ``qa_share``; each of the two has epochs of its own.
+        batch that begins in one epoch and ends in the next may hold two, and a sample twice; the rows of one
+        sample share the user and are no negatives of each other. A batch is of D_behavior or of D_qa, whose
+        steps are spread evenly and make up ``qa_share``; each of the two has epochs of its own.
         """
         from_qa = math.floor((step + 1) * self.qa_share)
         is_qa = from_qa > math.floor(step * self.qa_share)

@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 import transformers
 from filelock import FileLock
+from hypothesis import settings
 from toygraph import toy as toy
 
 from ggsm_core import backbone, sections
+
+# A busy machine is slow, and a failure must come again.
+settings.register_profile("house", deadline=None, derandomize=True)
+settings.load_profile("house")
 
 
 @pytest.fixture(scope="session")

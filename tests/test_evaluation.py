@@ -308,6 +308,14 @@ def test_paired_difference_is_narrow_where_two_rows_make_the_same_errors() -> No
     assert paired_difference(labels + 0.3 * a, a, labels, groups).p < 1e-4
 
 
+def test_p_is_two_sided() -> None:
+    """An interval that just touches 0 has p = 0.05."""
+    draws = np.random.default_rng(0).normal(size=50_000)
+    for sign in (1, -1):
+        edge = sign * 1.959964 * float(draws.std(ddof=1))
+        assert intervals.Difference.of(edge, draws + edge).p == pytest.approx(0.05, abs=1e-4)
+
+
 # --- errors -------------------------------------------------------------------------------------------
 
 

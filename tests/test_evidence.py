@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import published
 import pytest
-from scipy.stats import kendalltau
+from scipy.stats import kendalltau, norm
 
 from ggsm_core import book, evidence, provenance, runs, verdicts
 from ggsm_core.evidence import EvidenceError
@@ -165,6 +165,9 @@ def test_a_gap_is_the_published_difference(root: Path) -> None:
                 told["ci_high"] - told["ci_low"], rel=0.25
             )
             assert line["verdict"] == told["verdict"]
+            half = (line["ci_high"] - line["ci_low"]) / 2
+            two_sided = 2 * norm.sf(abs(line["difference"]) / half * 1.959964)
+            assert line["p"] == pytest.approx(two_sided, rel=1e-4, abs=1e-15)
     assert got["seeds"].to_list() == [2, 3]
     back = verdicts.gaps(study, [("bidirectional", "ggsm")], "login_7d")
     assert back["difference"][0] == -got["difference"][0] and back["verdict"][0] == "worse"

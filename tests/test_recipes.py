@@ -282,10 +282,7 @@ def test_weights_come_from_norms_by_eq_5(
     if not ramp or step >= WARM - 1:
         np.testing.assert_allclose(weights, expected, atol=1e-6)
         return
-    later = recipe.weigh(torch.tensor(norms, dtype=torch.float32), torch.tensor(valid), step + 1).numpy()
-    assert (weights[valid] < later[valid]).all() and (weights >= 0).all()
-    beta = weights[valid] / expected[valid]
-    np.testing.assert_allclose(beta, np.full_like(beta, beta[0] if len(beta) else 0), atol=1e-5)
+    np.testing.assert_allclose(weights, expected * (step + 1) / WARM, atol=1e-6)
 
 
 @properties
@@ -302,8 +299,8 @@ def test_freezing_by_position_counts_back_from_user(before: np.ndarray, after: n
         for b, row in enumerate(after):
             places = np.flatnonzero(row)
             for j in places:
-                if places[-1] - j in expected:
-                    assert recalled[b, j].item() == pytest.approx(expected[places[-1] - j], abs=1e-6)
+                offset = min(int(places[-1] - j), max(expected))  # beyond the farthest: its weight
+                assert recalled[b, j].item() == pytest.approx(expected[offset], abs=1e-6)
 
 
 @properties
@@ -318,8 +315,8 @@ def test_freezing_by_segment(before: np.ndarray, after: np.ndarray, seed: int) -
     assert (recalled[~view.valid] == 0).all() and ((recalled >= 0) & (recalled <= 1)).all()
     for b, j in view.valid.nonzero().tolist():
         segment = int(view.segments[b, j])
-        if segment in expected:
-            assert recalled[b, j].item() == pytest.approx(expected[segment], abs=1e-6)
+        mean = weights[before].mean()  # of a segment that the batch did not have
+        assert recalled[b, j].item() == pytest.approx(expected.get(segment, mean), abs=1e-6)
 
 
 @properties

@@ -216,7 +216,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 @pytest.mark.slow
 def test_a_run_killed_twenty_times_is_the_undisturbed_one(corpus: dict[str, Path], tmp_path: Path) -> None:
     """kill -9 at random moments, five of them while a checkpoint is being written."""
-    given = fleet.settings("ggsm", total_steps=60, warm_steps=20, freeze="tower", checkpoint_every=1)
+    given = fleet.settings("ggsm", total_steps=150, warm_steps=20, freeze="tower", checkpoint_every=1)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
         folder.mkdir()

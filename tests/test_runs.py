@@ -9,17 +9,33 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from toygraph import Toy, small
 
-from ggsm_core import params, provenance, runs, sections
+from ggsm_core import params, provenance, runs, sections, stages
 from ggsm_core.jobs import disk_message
 from ggsm_core.runs import SCRATCH, DamagedRun, Run, Store, UndeclaredRun
 from ggsm_core.scheduler import JobFailed
 from ggsm_core.stages import UnknownRun
 from ggsm_core.worker import Declared, Undeclared
+
+
+def until(true: Callable[[], bool], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.05)
+
+
+def gone(pid: str) -> bool:
+    """Ended, or a zombie that nobody has asked for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def test_all_is_computed_once(toy: Toy) -> None:
@@ -232,11 +248,9 @@ def test_an_interrupt_ends_the_children_and_says_what_is_kept(toy: Toy, number: 
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and (not pids.exists() or pids.read_text().count("\n") < 2):
-        time.sleep(0.1)
+    until(lambda: pids.exists() and pids.read_text().count("\n") == 2)
     process.send_signal(number)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Interrupted" in said and "make book" in said and "Traceback" not in said
     for pid in pids.read_text().split():
@@ -259,15 +273,10 @@ def test_an_orphan_does_not_compute_on(toy: Toy) -> None:
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(toy.folder), *sys.path])}
     process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(toy.folder / "runs")], env=environment)
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and (not pids.exists() or pids.read_text().count("\n") < 4):
-        time.sleep(0.1)
+    until(lambda: pids.exists() and pids.read_text().count("\n") == 4)
     process.kill()
     process.wait()
-    time.sleep(2.5)
-    for pid in pids.read_text().split():
-        state = Path(f"/proc/{pid}/stat")
-        assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    until(lambda: all(map(gone, pids.read_text().split())), 50)  # of themselves they would go on for a minute
 
 
 def test_ensure_refuses_what_a_notebook_does_not_declare(
@@ -351,3 +360,16 @@ def test_a_distributed_launch_whose_first_process_fails_ends(toy: Toy) -> None:
 def test_one_process_needs_no_launcher(toy: Toy) -> None:
     finished = launch(toy)
     assert finished.returncode == 0 and "has contrast-ggsm-s0" in finished.stdout, finished.stderr
+
+
+def test_the_command_verify_compares_contents(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = toy.plan()
+    (run,) = toy.compute(plan, plan.node("windows"))
+    monkeypatch.setenv("GGSM_RUNS", str(plan.store.root))
+    assert stages.main(["verify"]) == 0
+    path = next(path for path in run.folder.glob("*.txt") if path.name != "log.txt")
+    path.write_text(path.read_text().swapcase())  # of the same size
+    assert stages.main(["verify"]) == 1
+    assert f"the content of {path.name} has changed" in capsys.readouterr().out

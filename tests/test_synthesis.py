@@ -453,6 +453,14 @@ def test_a_model_that_writes_nothing_of_use_leaves_an_empty_set_and_reasons(work
     assert all(row["problems"] for row in steps.read_rows(out / "scaled.jsonl"))
 
 
+def test_a_second_start_has_no_second_budget(work: Work) -> None:
+    with serving(honest) as server:
+        for _ in range(2):
+            with pytest.raises(BudgetExceeded):
+                work.run(server, budget_tokens=3000)
+    assert 0 < server.charged <= 3000
+
+
 def test_too_few_samples_are_named(work: Work) -> None:
     with (
         serving(honest) as server,

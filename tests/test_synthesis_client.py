@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def test_whatever_matters_makes_another_question(tmp_path: Path, change: dict[st
 )
 def test_a_passing_trouble_is_tried_again_and_counted(tmp_path: Path, trouble: Act, name: str) -> None:
     with serving(lambda number, body: trouble if number < 2 else Act()) as server:
-        reply = llm(server, tmp_path, timeout=0.4).ask(question())
+        reply = llm(server, tmp_path, timeout=0.4 if trouble.wait else 5.0).ask(question())
     assert reply.value == Word(word="yes") and reply.retries == {name: 2}
     assert len(server.requests) == 3 and reply.calls == 1
 
@@ -239,6 +240,30 @@ def test_threads_do_not_pass_the_budget_together(tmp_path: Path) -> None:
         with pytest.raises(BudgetExceeded):
             llm(server, tmp_path, budget, concurrency=8).ask_all([question(str(i)) for i in range(40)])
     assert server.charged <= 700
+
+
+def test_reservations_at_once_do_not_pass_the_limit(tmp_path: Path) -> None:
+    class Slow(Budget):
+        """Widens the window between looking and writing."""
+
+        @property
+        def tokens(self) -> int:
+            found = super().tokens
+            time.sleep(0.02)
+            return found
+
+    budget = Slow(tmp_path / "ledger.jsonl", tokens=100)
+
+    def reserve(_: int) -> int | None:
+        try:
+            return budget.reserve(10, 0)
+        except BudgetExceeded:
+            return None
+
+    with ThreadPoolExecutor(16) as pool:
+        tickets = [ticket for ticket in pool.map(reserve, range(16)) if ticket is not None]
+    assert sorted(tickets) == list(range(10))
+    assert Budget(tmp_path / "ledger.jsonl").tokens == 100
 
 
 def test_money_is_counted_by_its_prices(tmp_path: Path) -> None:

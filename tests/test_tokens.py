@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import polars as pl
 import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import properties
+from test_baselines import log, write
 
-from ggsm_core import template, tokens
+from ggsm_core import sections, template, tokens
+from ggsm_core.data import windows
 from ggsm_core.shards import ShardError
 
 
@@ -90,3 +94,45 @@ def test_missing_and_torn_shards_are_named(tmp_path: Path) -> None:
     second.unlink()
     with pytest.raises(ShardError, match=r"users-00001\.safetensors: missing"):
         tokens.Sequences.load(tmp_path, "users")
+
+
+def test_the_stage_knows_households_and_probes_without_a_query(tmp_path: Path) -> None:
+    """Two training windows of one household have one user id: they are no negatives of each other."""
+    folder = write(tmp_path / "windows", log(4), users=4)
+    plan = ((90, "train"), (120, "train"), (240, "probe"))
+    samples = pl.DataFrame(
+        [(3 * k + i, f"u{k:02d}", anchor, split) for k in range(4) for i, (anchor, split) in enumerate(plan)],
+        schema={"sample": pl.Int64, "user": pl.String, "anchor": pl.Int32, "split": pl.String},
+        orient="row",
+    )
+    samples.write_parquet(folder / "samples.parquet")
+    records = windows.history(pl.read_parquet(folder / "events.parquet"), samples, 90)
+    records.write_parquet(folder / "records.parquet")
+    inputs = {"windows": folder, "pairs": tmp_path / "pairs", "pretrain": tmp_path / "pretrain"}
+    out = tmp_path / "out"
+    for path in (inputs["pairs"], inputs["pretrain"], out):
+        path.mkdir()
+    asked = samples.filter(split="train").select("sample", granularity=pl.lit("visits"))
+    told = asked.with_columns(query=pl.lit(tiny.QUERY), answer=pl.lit("homeowner"), answer_id=pl.lit(0))
+    told.write_parquet(inputs["pairs"] / "pairs.parquet")
+    tiny.tokenizer().save_pretrained(inputs["pretrain"])
+    limits = sections.Template(bill=2, app=1, spm=1, minipro=1, tabular=2)
+    tokens.run(SimpleNamespace(template=limits), inputs, out, lambda *_: None)
+
+    table, probe = (pl.read_parquet(out / f"{name}.parquet") for name in ("pairs", "probe"))
+    owner = dict(samples.select("sample", "user").iter_rows())
+    ids, owners = table["user_id"].to_list(), [owner[sample] for sample in table["sample"]]
+    assert [[a == b for b in ids] for a in ids] == [[a == b for b in owners] for a in owners]
+    assert len(set(ids)) == 4 < len(ids)
+    assert set(probe["sample"]) == set(samples.filter(split="probe")["sample"])
+    users = dict(windows.users(records, limits))
+    for name, rows, query in (
+        ("train_users", table["sample"], tiny.QUERY),
+        ("probe_users", probe["sample"], None),
+    ):
+        found = tokens.Sequences.load(out, name)
+        for row, sample in enumerate(rows):
+            expected = template.encode_user(
+                users[sample], tiny.tokenizer(), query, max_tokens=limits.max_user_tokens
+            )
+            assert same(found[row], expected)

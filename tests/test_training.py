@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -11,16 +12,35 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
+import reference
 import tiny
 import torch
 from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 from strategies import properties
 from torch import Tensor
 
-from ggsm_core import batches, checkpoints, loss, model, params, recipes, runs, sections, towers, training
+from ggsm_core import (
+    adapters,
+    batches,
+    checkpoints,
+    collation,
+    embedding,
+    loss,
+    model,
+    params,
+    recipes,
+    runs,
+    sections,
+    text_encoder,
+    tokens,
+    towers,
+    training,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -97,6 +117,13 @@ def test_a_batch_is_a_function_of_seed_and_step(
     samples = np.concatenate([pairs.rows(step) for step in range(24)]) // 2  # pair i is of sample i // 2
     for epoch in samples[: len(samples) // 12 * 12].reshape(-1, 12):
         assert sorted(epoch) == list(range(12))
+
+
+def test_a_batch_is_of_one_granularity(corpus: dict[str, Path]) -> None:
+    kinds = pl.read_parquet(corpus["tokens"] / "pairs.parquet")["granularity"].to_numpy()
+    pairs = batches.Pairs(corpus["tokens"], corpus["texts"], BATCH, 0)  # 6 of 12: no batch holds two epochs
+    drawn = [set(kinds[pairs.rows(step)]) for step in range(8)]
+    assert all(len(one) == 1 for one in drawn) and len(set.union(*drawn)) == 2
 
 
 def test_another_seed_gives_other_batches_and_every_pair_is_met(corpus: dict[str, Path]) -> None:
@@ -261,6 +288,75 @@ def test_the_probe_runs_in_the_precision_of_training(corpus: dict[str, Path]) ->
     assert set(seen) == {torch.bfloat16}
 
 
+def test_a_row_is_embedded_as_trained_and_the_oracle_as_before(
+    corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    """Stage embed: each probe sample by its own encoder, whatever batch it came in, under its own name."""
+    given_, inputs = settings("ggsm"), corpus | {"tokens": tmp_path / "tokens"}
+    of = trainer(corpus, given_)
+    steps(of, TOTAL)
+    of.encoder.save(tmp_path / "contrast")
+    shutil.copytree(corpus["tokens"], inputs["tokens"])
+    for shard in list(inputs["tokens"].glob("train_users-*")):
+        shard.rename(shard.with_name(shard.name.replace("train", "probe")))
+    ids = list(range(123, 99, -1))
+    pl.DataFrame({"sample": ids}).write_parquet(inputs["tokens"] / "probe.parquet")
+    users = tokens.Sequences.load(inputs["tokens"], "probe_users")
+    feature_of, found = text_encoder.features(corpus["texts"]), []
+    before = towers.build_encoder(given_, corpus)
+    for name, more, used in (
+        ("trained", {"contrast": tmp_path / "contrast"}, of.encoder),
+        ("oracle", {}, before),
+    ):
+        (tmp_path / name).mkdir()
+        embedding.run(given_, inputs | more, tmp_path / name, lambda *_: None)
+        stored = load_file(tmp_path / name / "embeddings.safetensors")
+        assert stored["sample"].tolist() == ids
+        for row in (0, 7, 23):
+            batch = collation.collate([users[row]], tiny.pad_id(), feature_of)
+            alone = used.eval().embed(batch)[0].numpy()
+            np.testing.assert_allclose(stored["embeddings"][row], alone, atol=1e-5)
+        found.append(stored["embeddings"])
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+
+
+def test_training_starts_from_the_adapters_of_pretraining(corpus: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(corpus["pretrain"], tmp_path / "pretrain")
+    torch.manual_seed(7)
+    made = adapters.Adapters(tiny.FEATURES, tiny.decoder().get_input_embeddings())
+    made.save(folder)
+    built = towers.build_encoder(settings(), corpus | {"pretrain": folder}).adapters
+    assert built is not None
+    state = built.state_dict()
+    assert state.keys() == made.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in made.state_dict().items())
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"same_side": False},
+    {"temperature": 0.7},
+    {"margin": None},
+    {"answer_mask": "causal"},
+    {"weight_decay": 0.5},
+    {"adam_beta2": 0.5},
+    {"max_grad_norm": 1e-3},
+    {"lr_warm_share": 0.8},
+    {"learning_rate": 2e-3},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_a_setting_reaches_the_training(corpus: dict[str, Path], change: dict[str, Any]) -> None:
+    """Negative control: the same settings twice end bitwise alike."""
+    ends = []
+    for more in ({}, {}, change):
+        of = trainer(corpus, settings("bidirectional", **more))
+        steps(of, 3)
+        ends.append({name: value.clone() for name, value in of.encoder.trained_state().items()})
+    alike = [all(torch.equal(ends[0][name], value) for name, value in end.items()) for end in ends[1:]]
+    assert alike == [True, False]
+
+
 # Guidance state ---------------------------------------------------------------------------------------------
 
 
@@ -297,6 +393,37 @@ def test_the_weights_go_from_the_gradient_to_the_mask_and_open(corpus: dict[str,
         torch.testing.assert_close(seen[-1][valid], expected[valid], rtol=0, atol=1e-6)
         means.append(line["visibility"])
     assert means[WARM:] == sorted(means[WARM:]) and min(means) >= 0.5
+
+
+def test_answers_see_the_mean_and_the_last_warm_up_batch_is_frozen(corpus: dict[str, Path]) -> None:
+    of, answers = trainer(corpus, settings("ggsm")), []
+    recipe = of.encoder.recipe
+    assert isinstance(recipe, recipes.Guided)
+
+    def keep(_module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if not inputs[5]:  # not the probe pass
+            answers.append(output[1].visibility.detach())
+
+    of.towers.register_forward_hook(keep)
+    for t in range(TOTAL):
+        of.encoder.train()
+        (chunk,) = of._chunks(t)
+        user, answer = chunk.pairs.user, chunk.pairs.answer
+        if t < WARM:
+            weights = torch.sigmoid(of._probe([chunk], t)[0])
+        else:
+            weights = recipe.recall(user.valid, user.segments, t)
+        of.train_step()
+        alpha = max(t - WARM, 0) / (TOTAL - WARM)
+        shown = answers[-1][answer.valid]
+        mean = (1 - alpha) * weights[user.valid].mean() + alpha
+        torch.testing.assert_close(shown, mean.expand_as(shown), rtol=0, atol=1e-6)
+        if t == WARM - 1:
+            frozen = reference.freeze_by_position(weights.double().numpy(), user.valid.numpy())
+            told = float(weights[user.valid].mean())
+    assert float(recipe.frozen_mean) == pytest.approx(told, abs=1e-6)
+    for offset, value in frozen.items():
+        assert recipe.frozen_position[offset].item() == pytest.approx(value, abs=1e-6)
 
 
 def test_hybrid_mask_keeps_its_frozen_weights(corpus: dict[str, Path]) -> None:
