@@ -41,8 +41,8 @@ params: install  ## the profile, merged, with each field's meaning and unit
 	@$(PY) -m ggsm_core.params params/$(PROFILE).yaml
 
 gpu-check: PROFILE = gpu
-gpu-check: install  ## does PROFILE (here gpu by default) fit this machine's GPUs?
-	@$(PY) -m ggsm_core.gpu_check --profile params/$(PROFILE).yaml
+gpu-check: install  ## does PROFILE (here gpu by default) fit this machine's GPUs? (PROCESSES=1: as make book trains)
+	@$(PY) -m ggsm_core.gpu_check --profile params/$(PROFILE).yaml $(if $(PROCESSES),--processes $(PROCESSES))
 
 bench: install  ## what the project promises of speed and memory, into results/bench/
 	@for script in $(filter-out benchmarks/report.py,$(wildcard benchmarks/*.py)); do \

@@ -7,10 +7,11 @@
 # PROCESSES=2 sets the processes of a machine (default: its GPUs). A worker that dies takes the others with it;
 # all start again, up to three times, from the last checkpoint. runs/ must be one folder for all machines.
 # GGSM_RENDEZVOUS_SECONDS sets how long machines wait for each other (default: 60 for the first, 600 for all).
+# PYTHON names another Python than that of .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-exec "${PYTHON:-python}" -m torch.distributed.run \
+exec "${PYTHON:-.venv/bin/python}" -m torch.distributed.run \
   --nnodes "${NODES:-1}" \
   --nproc_per_node "${PROCESSES:-gpu}" \
   --rdzv_backend c10d \

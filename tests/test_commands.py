@@ -93,7 +93,7 @@ HOW: dict[str, Callable[[Printed], None]] = {
     r"make book PROFILE=study": by(
         "test_pipeline.py", "test_a_published_book_is_made_from_its_tables_without_a_run"
     ),
-    r"make study( RECIPES=ggsm SEEDS=0)?": by("test_study.py", "test_make_study_takes_rows_and_seeds"),
+    r"make study( RECIPES=\w+ SEEDS=0)?": by("test_study.py", "test_make_study_takes_rows_and_seeds"),
     r"\.venv/bin/python -m ggsm_core\.study --finished": by(
         "test_study.py", "test_what_is_whole_is_published_and_nothing_else_is_computed"
     ),
@@ -102,13 +102,14 @@ HOW: dict[str, Callable[[Printed], None]] = {
         "test_params.py", "test_make_params_prints_every_field_with_its_meaning"
     ),
     r"make (results|bench)": by("test_commands.py", "test_make_starts_what_is_there"),
-    r"make gpu-check": by("test_commands.py", "test_make_gpu_check_tells"),
+    r"make gpu-check( PROCESSES=1| PROFILE=paper)?": by("test_commands.py", "test_make_gpu_check_tells"),
     r"make lab": by("test_commands.py", "test_jupyterlab_opens_with_a_kernel_that_works"),
     r"make clean": by("test_commands.py", "test_make_clean_removes_what_was_built"),
     r"\.venv/bin/python -m ggsm_core\.stages list .*": by("test_commands.py", "test_runs_are_listed"),
+    r"\.venv/bin/python -m ggsm_core\.stages run .*": needs("Hugging Face hub"),
     r"\.venv/bin/python -m ggsm_core\.training .*": by("test_commands.py", "test_one_training_run"),
     r"\.venv/bin/python -m papermill .*": by("test_book.py", "test_the_command_on_a_page_works"),
-    r"\.venv/bin/python -m ggsm_core\.data\.readers": by("test_readers.py", "test_the_command_line"),
+    r"\.venv/bin/python -m ggsm_core\.data\.readers .*": by("test_readers.py", "test_the_command_line"),
     r"\.venv/bin/python -m ggsm_core\.embed( .*)?": by("test_embed.py", "test_the_command_line"),
     r"\.venv/bin/python -m ggsm_core\.cost --profile FILE": by(
         "test_cost.py", "test_what_cannot_be_told_is_said"
@@ -183,7 +184,8 @@ def test_make_starts_what_is_there() -> None:
 
 
 def test_make_gpu_check_tells() -> None:
-    done = subprocess.run([*MAKE, "gpu-check", "PROFILE=smoke"], cwd=ROOT, capture_output=True, text=True)
+    command = [*MAKE, "gpu-check", "PROFILE=smoke", "PROCESSES=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     told = done.stdout.splitlines()
     assert {line.split()[0] for line in told} <= {"ok", "PROBLEM"} and len(told) >= 3
     assert (done.returncode == 0) == all(line.startswith("ok") for line in told)

@@ -46,7 +46,14 @@ def stub(folder: Path, name: str, body: str) -> None:
 
 def run(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A launch script, with ``folder`` before all other commands."""
-    settings = os.environ | environment | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    settings = (
+        os.environ
+        | environment
+        | {
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "PYTHON": str(folder / "python"),
+        }
+    )
     return subprocess.run([LAUNCH / script, *STARTED], env=settings, capture_output=True, text=True)
 
 
@@ -105,7 +112,7 @@ def test_accelerate_reads_its_configurations(name: str) -> None:
     config = load_config_from_file(str(LAUNCH / name))
     assert config.num_processes == 8 and not config.use_cpu
     command = shlex.split(text.splitlines()[0].removeprefix("# "))
-    assert command[:4] == ["accelerate", "launch", "--config_file", f"launch/{name}"]
+    assert command[:4] == [".venv/bin/accelerate", "launch", "--config_file", f"launch/{name}"]
     profile = params.load(ROOT / command[command.index("--profile") + 1])
     assert command[command.index("--recipe") + 1] in profile.recipes.active
     if config.mixed_precision == "bf16":
