@@ -117,7 +117,7 @@ def whole_users(events: Path) -> Iterator[pa.Table]:
             if names.null_count() or not names.is_sorted() or names[0] < seen:
                 raise EventError(f"{events.name}: not sorted by user; sort it, or use the engine ray")
             seen = names[-1]
-            if cut := int(names.search_sorted(seen)):
+            if cut := int(names.search_sorted(seen, side="left")):
                 yield pa.concat_tables([*held, table.slice(0, cut)])
                 held = []
             held.append(table.slice(cut))
