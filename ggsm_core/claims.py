@@ -343,7 +343,8 @@ def gradient_verdict(controls: Evidence, ablation: Evidence | None = None) -> st
     table = verdicts.gaps(controls, _over(GRADIENT, CONTROLS))
     verdict = verdicts.judge(table, len(CONTROLS))
     if table.is_empty():
-        return f"**That the gradient matters: {verdict}.** {controls.told()}"
+        told = "" if ablation is None else f" {controls.told()}"
+        return f"**That the gradient matters: {verdict}.**{told}"
     fewest = table["seeds"].to_list()
     seeds = f"{min(fewest)} training seed{'s' if min(fewest) != 1 else ''}"
     said = [
