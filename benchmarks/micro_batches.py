@@ -61,6 +61,7 @@ def measure(batch: int, micro_batch: int | None, recipe: str) -> dict[str, float
             training=sections.Training(total_steps=10, batch_size=batch, micro_batch=micro_batch),
             objective=sections.Objective(),
             backbone=sections.Backbone(),
+            data=sections.Data(),
             template=sections.Template(max_user_tokens=tiny.LONGEST),
             lora=None,
         )

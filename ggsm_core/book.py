@@ -14,6 +14,7 @@ import yaml
 from safetensors import safe_open
 
 from ggsm_core import pages, provenance
+from ggsm_core.baselines.base import SYSTEM
 from ggsm_core.codehash import code_hash
 from ggsm_core.jobs import context
 from ggsm_core.notebooks import INJECTED, PACKAGE, Notebook, seconds, shown_path
@@ -83,9 +84,9 @@ def read(plan: Plan) -> list[Node]:
 def costs(plan: Plan) -> pl.DataFrame:
     """What each embedding costs: its dimension d, seconds of training and of embedding all probe samples.
 
-    Training is the sum of its logged steps, also where it was interrupted; else the wall time of a run. Two
-    runs share two cores. A peer's one run trains and embeds; a frozen decoder or text encoder trains nothing.
-    Columns: recipe, seed, dimension, training_seconds, embedding_seconds (null where it isn't told apart).
+    Training of a mask is the sum of its logged steps, also where it was interrupted, and embedding the wall
+    time of a run; a baseline measures both itself. Two runs share two cores. A frozen decoder or text encoder
+    trains nothing. Columns: recipe, seed, dimension, training_seconds, embedding_seconds.
     """
     table = []
     for stage in (name for name, stage in plan.graph.stages.items() if stage.embeds):
@@ -93,11 +94,15 @@ def costs(plan: Plan) -> pl.DataFrame:
             folder = plan.store.folder(node.name)
             with safe_open(folder / "embeddings.safetensors", framework="numpy") as file:
                 dimension = file.get_slice("embeddings").get_shape()[1]
-            trained, own = node.inputs.get("contrast"), Run(folder).provenance["seconds"]
-            steps = Run(plan.store.folder(trained.name)).metrics()["seconds"] if trained else None
-            training = float(steps.sum()) if steps is not None else 0.0
-            apart = (training, own) if stage in ("embed", "text") else (own, None)
-            table.append((node.row, node.seed, dimension, *apart))
+            if stage == "embed":
+                trained = node.inputs.get("contrast")
+                steps = Run(plan.store.folder(trained.name)).metrics()["seconds"] if trained else None
+                training = float(steps.sum()) if steps is not None else 0.0
+                embedding = Run(folder).provenance["seconds"]
+            else:
+                measured = json.loads((folder / SYSTEM).read_text(encoding="utf-8"))
+                training, embedding = measured["fit_seconds"], measured["embed_seconds"]
+            table.append((node.row, node.seed, dimension, training, embedding))
     kinds = (pl.String, pl.Int64, pl.Int64, pl.Float64, pl.Float64)
     columns = ("recipe", "seed", "dimension", "training_seconds", "embedding_seconds")
     return pl.DataFrame(table, schema=dict(zip(columns, kinds, strict=True)), orient="row")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ggsm_core.provenance import sha256
 from ggsm_core.sharding import spread_like, whole
 
 
@@ -55,7 +56,7 @@ class Store:
         partial.mkdir()
         weights = partial / "state.safetensors"
         save_file({k: v.detach().contiguous().clone() for k, v in state.items()}, weights)
-        manifest = {"identity": self.identity, "files": {weights.name: _sha256(weights)}}
+        manifest = {"identity": self.identity, "files": {weights.name: sha256(weights)}}
         (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             _fsync(path)
@@ -75,7 +76,7 @@ class Store:
             try:
                 manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
                 identity, files = manifest["identity"], {"state.safetensors": None} | manifest["files"]
-                torn = [name for name, digest in files.items() if _sha256(folder / name) != digest]
+                torn = [name for name, digest in files.items() if sha256(folder / name) != digest]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 torn = [str(error)]
             if torn:
@@ -99,7 +100,8 @@ class Store:
             )
 
     def _steps(self) -> list[int]:
-        return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
+        found = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
+        return sorted(int(match[1]) for match in found if match)  # a folder set aside has another name
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -120,10 +122,6 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = spread_like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _fsync(path: Path) -> None:

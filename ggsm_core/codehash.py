@@ -158,6 +158,8 @@ def _beside(module: Path) -> Iterator[Path]:
     waiting = [module.parent]
     while waiting:
         for path in waiting.pop().iterdir():
+            if path.name.startswith("."):
+                continue  # an editor's swap files and checkpoints
             if path.is_dir():
                 if not (path / "__init__.py").exists() and path.name != "__pycache__":
                     waiting.append(path)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -107,23 +107,29 @@ def differences(points: dict[str, Floats], draws: dict[str, Floats], tasks: list
 
     ``points`` holds an AUC [T + 1] for each row, ``draws`` the [T + 1, R] made under shared resamples.
     """
-    families: dict[tuple[str, bool], list[tuple[str, str, str, Difference]]] = defaultdict(list)
+    families: dict[tuple[str, bool], list[tuple[Any, ...]]] = defaultdict(list)
     for reference in (name for name in REFERENCES if name in points):
         for row in (name for name in points if name != reference):
             gaps = zip(tasks, points[row] - points[reference], draws[row] - draws[reference], strict=True)
             for task, point, drawn in gaps:
-                families[reference, task == MEAN].append(
-                    (row, reference, task, Difference.of(float(point), drawn))
-                )
-    table = []
-    for family in families.values():
-        for (row, reference, task, gap), p in zip(family, holm([item[3].p for item in family]), strict=True):
-            sign = "better" if gap.difference > 0 else "worse"
-            verdict = sign if p < LEVEL else NONE_SHOWN
-            table.append((row, reference, task, gap.difference, gap.ci_low, gap.ci_high, float(p), verdict))
-    columns = ("row", "reference", "task", "difference", "ci_low", "ci_high", "p_holm", "verdict")
-    types = (*[pl.String] * 3, *[pl.Float64] * 4, pl.String)
-    return pl.DataFrame(table, schema=dict(zip(columns, types, strict=True)), orient="row")
+                gap = Difference.of(float(point), drawn)
+                families[reference, task == MEAN].append((row, reference, task, *astuple(gap)))
+    columns = ("row", "reference", "task", "difference", "ci_low", "ci_high", "p")
+    schema = dict(zip(columns, (*[pl.String] * 3, *[pl.Float64] * 4), strict=True))
+    tables = [corrected(pl.DataFrame(lines, schema=schema, orient="row")) for lines in families.values()]
+    return pl.concat(tables or [corrected(pl.DataFrame(schema=schema))]).drop("p")
+
+
+def corrected(gaps: pl.DataFrame) -> pl.DataFrame:
+    """``gaps`` with ``p_holm`` and ``verdict``, all its lines one family whatever they were before."""
+    adjusted = pl.Series("p_holm", holm(gaps["p"].to_list()), dtype=pl.Float64)
+    return gaps.with_columns(adjusted).with_columns(
+        verdict=pl.when(pl.col("p_holm") >= LEVEL)
+        .then(pl.lit(NONE_SHOWN))
+        .when(pl.col("difference") > 0)
+        .then(pl.lit("better"))
+        .otherwise(pl.lit("worse"))
+    )
 
 
 def with_domains(per_task: Floats, tasks: list[str]) -> dict[str, Floats]:

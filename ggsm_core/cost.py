@@ -26,6 +26,10 @@ from ggsm_core.template import MODALITIES, NUMBERS, SPECIAL_TOKENS
 
 FEATURES = 384
 """F of the text encoder, MiniLM."""
+ROOM = 0.9
+"""Share of a device's memory that may be planned with; the rest goes to kernels and to fragments."""
+MFU = 0.4
+"""Share of the peak that a run is taken to reach."""
 QWEN_05B = Qwen2Config(
     vocab_size=151_936 + len(SPECIAL_TOKENS),
     hidden_size=896,
@@ -70,7 +74,13 @@ class Decoder:
 
     @classmethod
     def of(cls, config: Any) -> Decoder:
-        """From a Hugging Face configuration of the Llama family."""
+        """From a Hugging Face configuration of the Llama family. Raises ``CostError`` for another."""
+        shape = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+                 "num_key_value_heads", "vocab_size")  # fmt: skip
+        if lacking := [name for name in shape if getattr(config, name, None) is None]:
+            raise CostError(
+                f"config.json: no {lacking[0]!r}; the cost of Llama, Qwen and their kind alone can be told"
+            )
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             config.num_hidden_layers,
@@ -129,6 +139,8 @@ class Work:
     steps: int
     probes: int  # steps with a probe pass: two_pass in warm-up, a frozen tower after it
     half: bool  # bf16 autocast
+    micro_batch: int | None = None  # pairs of a process in memory at a time, if the profile limits them
+    snapshot: bool = False  # freeze: tower keeps a second encoder
 
     @classmethod
     def of(cls, profile: Profile, recipe: str, config: Any = None) -> Work:
@@ -142,9 +154,10 @@ class Work:
             raise CostError(f"recipe: {recipe!r} is not in profile {profile.name!r}")
         row = profile.row(recipe)
         decoder, template, training = _decoder(profile, config), profile.template, row.training
-        probes = 0
+        probes, snapshot = 0, False
         if isinstance(row.options, sections.Guidance):
             probes = sum(row.options.probes(step) for step in range(training.total_steps))
+            snapshot = row.options.freeze == "tower"
         adapter = template.modality_input == "adapter"
         d = decoder.hidden
         return cls(
@@ -157,6 +170,8 @@ class Work:
             training.total_steps,
             probes,
             training.precision == "bf16",
+            training.micro_batch,
+            snapshot,
         )
 
     @property
@@ -221,7 +236,7 @@ class Work:
 
         DDP holds gradients a second time, as it sends them; autocast, the weights in bf16.
         """
-        held = 4 * self.parameters + 12 * self.trained
+        held = 4 * self.parameters * (1 + self.snapshot) + 12 * self.trained
         if sharded:
             return held / devices
         sent = 4 * self.trained if devices > 1 else 0
@@ -246,9 +261,8 @@ def estimate(
     device: Device,
     devices: int,
     *,
-    mfu: float = 0.4,
+    mfu: float = MFU,
     sharded: bool = False,
-    room: float = 0.9,
 ) -> Estimate:
     """Memory and time of a run.
 
@@ -258,7 +272,6 @@ def estimate(
         devices: how many.
         mfu: the share of the peak that is reached; 0.3 to 0.5 is usual, measure yours.
         sharded: FSDP2 instead of DDP.
-        room: the share of a device's memory that may be planned with.
 
     Raises:
         CostError: devices that can't share the batch, or a model that fits nowhere.
@@ -271,16 +284,19 @@ def estimate(
         raise CostError(f"devices: {devices} can't share a batch of {work.batch} evenly")
     share = work.batch // devices
     states = work.states(devices, sharded=sharded)
-    fitting = int((room * device.memory - states) // work.kept)
+    fitting = int((ROOM * device.memory - states) // work.kept)
     if fitting < 1:
         raise CostError(
             f"device: {device.name} holds {device.memory / 1e9:.0f} GB, and {states / 1e9:.1f} GB of weights "
             "and their states leave no room for a pair; shard over more devices or train with LoRA"
         )
-    rows = next(size for size in range(min(share, fitting), 0, -1) if share % size == 0)
+    most = min(share, fitting, work.micro_batch or share)
+    rows = next(size for size in range(most, 0, -1) if share % size == 0)
     cached = rows < share
     probing = work.probes / work.steps * work.probe
-    operations = share * (work.train + probing + (work.forward if cached else 0))
+    # Cached representations cost a forward pass more, of a probe pass too.
+    first = (1 + work.probes / work.steps) * work.forward if cached else 0
+    operations = share * (work.train + probing + first)
     gradients = 4 * work.trained * 2 * (devices - 1) / devices  # a ring sends each twice; nothing overlaps
     weights = 4 * work.parameters * 2 * (devices - 1) / devices if sharded else 0
     seconds = operations / (mfu * device.peak_flops) + (gradients + weights) / device.link
@@ -302,7 +318,10 @@ def _decoder(profile: Profile, config: Any) -> Decoder:
     if backbone.path == "Qwen/Qwen2.5-0.5B-Instruct":
         return Decoder.of(QWEN_05B)
     if backbone.path is not None and Path(backbone.path).is_dir():
-        return Decoder.of(AutoConfig.from_pretrained(backbone.path, trust_remote_code=False))
+        try:
+            return Decoder.of(AutoConfig.from_pretrained(backbone.path, trust_remote_code=False))
+        except OSError as problem:
+            raise CostError(f"backbone.path: {backbone.path}/config.json can't be read ({problem})") from None
     raise CostError(f"backbone: {backbone.path or backbone.kind!r}; give the configuration of its decoder")
 
 
@@ -312,13 +331,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--recipe", default="ggsm")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached")
+    parser.add_argument("--mfu", type=float, default=MFU, help="share of the peak that is reached")
     parser.add_argument("--fsdp2", action="store_true", help="sharded instead of DDP")
     given = parser.parse_args(arguments)
     try:
         work = Work.of(params.load(given.profile), given.recipe)
         print(
-            f"{work.parameters:,} parameters, {work.trained:,} trained; batch {work.batch:,} of {work.tokens}"
+            f"{work.parameters:,} parameters, {work.trained:,} trained; "
+            f"batch {work.batch:,} of {work.tokens} tokens"
         )
         for device in (A100, H100):
             for devices in given.devices:

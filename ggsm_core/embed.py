@@ -1,11 +1,13 @@
 """Embed the users of an event log: one row a user, in parts, resumable.
 
-    python -m ggsm_core.embed --model FOLDER --events FILE.parquet --out OUT.parquet [--engine ray]
+    python -m ggsm_core.embed --model FOLDER --events FILE.parquet --out OUT.parquet [--anchor 2017-11-27]
+    python -m ggsm_core.embed --model FOLDER --events EVENTS --out FOLDER --anchor 2017-11-27 --engine ray
 
 The log has the columns of ``data.events.SCHEMA``; ``data.readers`` makes one of other files. Sorted by user
 it is read fastest. Memory holds one part of the users, however many there are. OUT has the columns user,
 records (shown to the encoder) and embedding; a user without any record in the window, or of whom none fits
-into the template, has records 0 and no embedding.
+into the template, has records 0 and no embedding. How long a history is shown, the encoder says: as long as
+those it was trained on.
 
 ``on_ray`` does the same under Ray Data (extra ``cluster``), for a log and a population that no single machine
 holds: OUT is then a folder of shards.
@@ -19,7 +21,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +39,7 @@ from ggsm_core.data.events import (
     SCHEMA,
     EventError,
     apart,
+    apart_file,
     examine,
     files_of,
     open_log,
@@ -52,6 +55,8 @@ from ggsm_core.text_encoder import TextEncoder
 from ggsm_core.tokens import Sequences
 
 NOTE = "asked.json"
+PART = 2000
+"""Users in memory at a time."""
 
 
 class EmbedError(ValueError):
@@ -64,22 +69,20 @@ def embed(
     out: Path,
     *,
     anchor: date | None = None,
-    history_days: int = 90,
     dtype: Literal["float32", "float16"] = "float32",
-    part_size: int = 2000,
+    part_size: int = PART,
     texts: Callable[[list[str]], np.ndarray] | None = None,
     progress: Progress = silent,
-) -> None:
-    """Write ``out``: user, records (Int32), embedding (Array[d]), sorted by user.
+) -> date:
+    """Write ``out``: user, records (Int32), embedding (Array[d]), sorted by user; returns the anchor.
 
     An interrupted call leaves its finished parts in ``<out>.parts``; the same call goes on from them.
 
     Args:
-        encoder: holds its template.
+        encoder: holds its template and the length of its histories.
         events: a log, Parquet.
         out: Parquet.
         anchor: the day before which the history ends; the day after the last event by default.
-        history_days: length of the history.
         dtype: of the embeddings.
         part_size: users in memory at a time.
         texts: list of n record texts -> Float[n, F], for an encoder with adapters; MiniLM by default. What it
@@ -88,25 +91,21 @@ def embed(
 
     Raises:
         EventError: no log; rows that break the schema, by line and kind; a window without any event.
-        EmbedError: an encoder without template, or parts of another call.
+        EmbedError: an encoder without template, parts of another call, or a last event that is still to come.
     """
-    apart(events, out)
+    apart_file(events, out)
     if part_size < 1:
         raise EmbedError(f"part_size: {part_size} is no number of users to hold in memory; give 1 or more")
     if events.is_dir():
         raise EventError(f"{events}: a folder, which the engine ray reads; give a file; {READERS}")
-    embedded = _Embedder(encoder, history_days, dtype, texts)
-    log = open_log(events, anchor, history_days)
+    embedded = _Embedder(encoder, dtype, texts)
+    log = open_log(events, anchor, embedded.history_days)
     with reading(events):
         examine(log).refuse()
-    last = log.select(DAY.max()).collect(engine="streaming").item()
-    if last is None and anchor is None:
-        raise EmbedError(
-            "events: not one of them has a time; give --anchor, the day before which history ends"
-        )
-    day = (anchor - EPOCH).days if anchor is not None else last + 1
+    anchor = anchor or _day_after_all(log)
+    day = (anchor - EPOCH).days
     users = log.select(pl.col("user").unique()).collect(engine="streaming")["user"].sort()
-    parts = _open(out, sha256(events), encoder, [day, history_days, dtype, part_size])
+    parts = _open(out, sha256(events), encoder, [day, dtype, part_size])
     for start in range(0, len(users), part_size):
         part = parts / f"{start:012d}.parquet"
         if not part.is_file():
@@ -122,6 +121,23 @@ def embed(
             writer.write_table(pq.read_table(part))
     whole.rename(out)
     shutil.rmtree(parts)
+    return anchor
+
+
+def _day_after_all(log: pl.LazyFrame) -> date:
+    """The day after the last event. Raises ``EmbedError`` if there is none, or if it is still to come."""
+    utc = pl.col("time").max().dt.convert_time_zone("UTC")
+    last, moment = log.select(day=DAY.max(), utc=utc).collect(engine="streaming").row(0)
+    if last is None:
+        raise EmbedError(
+            "events: not one of them has a time; give --anchor, the day before which history ends"
+        )
+    if moment > datetime.now(UTC) + timedelta(days=1):  # a day for clocks that are wrong
+        raise EmbedError(
+            f"events: the latest is of {moment:%Y-%m-%d %H:%M} UTC, still to come, and history would end "
+            "after it; correct that row, or give --anchor, the day before which history ends"
+        )
+    return EPOCH + timedelta(days=last + 1)
 
 
 def on_ray(
@@ -130,7 +146,6 @@ def on_ray(
     out: Path,
     *,
     anchor: date,
-    history_days: int = 90,
     dtype: Literal["float32", "float16"] = "float32",
     texts: Callable[[list[str]], np.ndarray] | None = None,
     progress: Progress = silent,
@@ -148,13 +163,13 @@ def on_ray(
     import ray
 
     apart(events, out)
-    embedded = _Embedder(encoder, history_days, dtype, texts)
+    embedded = _Embedder(encoder, dtype, texts)
     if out.exists():
         raise EmbedError(f"{out}: is there already; delete it, or give another --out")
-    open_log(events, anchor, history_days)
+    open_log(events, anchor, embedded.history_days)
     stamps = digest([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files_of(events)])
     day = (anchor - EPOCH).days
-    parts = _open(out.resolve(), stamps, encoder, [day, history_days, dtype, bulk.BUCKETS])
+    parts = _open(out.resolve(), stamps, encoder, [day, dtype, bulk.BUCKETS])
     done = {int(part.stem) for part in parts.glob("*.parquet")}
     with bulk.buckets_on_ray(events, frozenset(done)) as buckets:
         shards = buckets.map_groups(
@@ -194,6 +209,11 @@ def _open(out: Path, events: str, encoder: UserEncoder, settings: list[Any]) -> 
     asked = {"events": events, "encoder": encoder.fingerprint(), "settings": settings}
     folder = out.with_name(out.name + ".parts")
     note = folder / NOTE
+    if folder.exists() and not note.is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise EmbedError(
+            f"{folder}: is there and was not made by this command, which would put parts into it and delete "
+            "it in the end; move it, or give another --out"
+        )
     if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != asked:
         raise EmbedError(f"{folder}: holds parts of another model, log or setting; delete it to begin anew")
     folder.mkdir(parents=True, exist_ok=True)
@@ -224,14 +244,16 @@ class _Embedder:
     def __init__(
         self,
         encoder: UserEncoder,
-        history_days: int,
         dtype: str,
         texts: Callable[[list[str]], np.ndarray] | None,
     ) -> None:
-        if encoder.template is None:
-            raise EmbedError("model: saved without its template; train it with this version of ggsm_core")
-        self.encoder, self.template = encoder, encoder.template
-        self.history_days, self.dtype = history_days, dtype
+        if encoder.template is None or encoder.history_days is None:
+            raise EmbedError(
+                "model: saved without template or history_days, so nobody knows how users were shown to it; "
+                "train it with ggsm_core.training"
+            )
+        self.encoder, self.dtype = encoder, dtype
+        self.template, self.history_days = encoder.template, encoder.history_days
         self.vectors = _Vectors(texts) if encoder.features is not None else None
 
     def __call__(self, log: pl.DataFrame, day: int) -> pl.DataFrame:
@@ -256,7 +278,7 @@ class _Embedder:
             if self.vectors is not None:
                 self.vectors.learn({record.text for e in encoded.values() for record in e.records})
             made = Sequences.of(encoded.values())
-            embeddings[rows] = embed_all(self.encoder, made, self.vectors, lambda *_: None)
+            embeddings[rows] = embed_all(self.encoder, made, self.vectors, silent)
         table = pl.DataFrame(
             {"user": users["user"], "records": shown, "embedding": embeddings.astype(self.dtype)}
         )
@@ -285,25 +307,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--events", type=Path, required=True, help="event log, Parquet")
     parser.add_argument("--out", type=Path, required=True, help="Parquet with one row a user")
     parser.add_argument("--base", type=Path, help="folder of the decoder, for an encoder with LoRA")
-    parser.add_argument("--anchor", type=date.fromisoformat, help="history ends before this day")
-    parser.add_argument("--history-days", type=int, default=90)
+    parser.add_argument(
+        "--anchor",
+        type=bulk.day,
+        help="history ends before this day; engine local: else the day after the last event",
+    )
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
-    parser.add_argument("--part-size", type=int, default=2000, help="users in memory at a time, engine local")
+    parser.add_argument("--part-size", type=int, help=f"users in memory at a time, engine local; {PART}")
     parser.add_argument("--engine", choices=("local", "ray"), default="local")
     given: Any = parser.parse_args(arguments)
     try:
         encoder = UserEncoder.load(given.model, base=given.base)
-        asked = {name: getattr(given, name) for name in ("anchor", "history_days", "dtype")}
+        asked = {name: getattr(given, name) for name in ("anchor", "dtype")}
         asked["progress"] = _say(time.monotonic())
         if given.engine == "ray":
             if given.anchor is None:
                 raise EmbedError(
                     "--anchor: missing; the engine ray does not look for the last day of the log"
                 )
+            if given.part_size is not None:
+                raise EmbedError("--part-size: the engine ray deals users out in its own way; leave it out")
             on_ray(encoder, given.events, given.out, **asked)
+            anchor = given.anchor
         else:
             encoder.to("cuda" if torch.cuda.is_available() else "cpu")
-            embed(encoder, given.events, given.out, part_size=given.part_size, **asked)
+            part_size = PART if given.part_size is None else given.part_size
+            anchor = embed(encoder, given.events, given.out, part_size=part_size, **asked)
+        shown = pl.scan_parquet(given.out).select(users=pl.len(), none=pl.col("records").eq(0).sum())
+        users, none = shown.collect().row(0)
+        print(
+            f"history: {encoder.history_days} days before anchor {anchor}; {none:,} of {users:,} users have "
+            "no embedding, for no record of theirs is in it or fits into the template"
+        )
     except (ValueError, OSError) as problem:
         print(problem, file=sys.stderr)
         return 1

@@ -314,14 +314,6 @@ def make_task(
     return Task(name, rows, values.astype(np.int64), household)
 
 
-def _probe_one(
-    kind: str, embeddings: ArrayLike, labels: ArrayLike, groups: ArrayLike, households: Households
-) -> ProbeResult:
-    x = np.asarray(embeddings)
-    task = make_task("labels", np.arange(len(x)), labels, groups, households)
-    return probe_tasks(x, [task], households, probe=PROBES[kind])[0]
-
-
 def linear_probe(
     embeddings: ArrayLike,
     labels: ArrayLike,
@@ -339,22 +331,9 @@ def linear_probe(
     Raises ``SingleClassFold``, ``MissingValue``, ``ConstantEmbedding`` or ``NotConverged``.
     """
     households = households or Households.of(groups, folds=folds, seed=seed, bootstrap=bootstrap)
-    return _probe_one("linear", embeddings, labels, groups, households)
-
-
-def boosted_probe(
-    embeddings: ArrayLike,
-    labels: ArrayLike,
-    groups: ArrayLike,
-    *,
-    folds: int = 5,
-    seed: int = 0,
-    bootstrap: int = 1000,
-    households: Households | None = None,
-) -> ProbeResult:
-    """As ``linear_probe``, with gradient-boosted trees whose number is chosen inside the training folds."""
-    households = households or Households.of(groups, folds=folds, seed=seed, bootstrap=bootstrap)
-    return _probe_one("boosted", embeddings, labels, groups, households)
+    x = np.asarray(embeddings)
+    task = make_task("labels", np.arange(len(x)), labels, groups, households)
+    return probe_tasks(x, [task], households)[0]
 
 
 def paired_difference(

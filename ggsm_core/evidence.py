@@ -57,6 +57,8 @@ class EvidenceError(ValueError):
     """Published tables that are missing, incomplete or at odds with their provenance."""
 
 
+COLLAPSED = 0.99
+"""Mean cosine of a user to the answers of others, as training ends, above which nothing is told apart."""
 LISTED = 10
 """So many missing rows are named, one by one; of more, the first three."""
 
@@ -134,6 +136,16 @@ class Evidence:
         ended = self.learning.group_by(row="recipe", maintain_order=True).agg(means)
         return ended.rename({"positive": "own", "negative": "others"})
 
+    def collapsed(self) -> str:
+        """For readers: how many runs ended with all users nearly one way; "" where that was not kept."""
+        if self.learning is None:
+            return ""
+        many = (self.learning["negative"] > COLLAPSED).sum()
+        return (
+            f"Of {len(self.learning)} training runs {many} ended with all users nearly one way (mean cosine "
+            f"above {COLLAPSED})."
+        )
+
     def budgets(self) -> pl.DataFrame:
         """What the trained rows may spend: rows, learning rate, at most, stops early, size."""
         t, p, b, pre = (
@@ -172,15 +184,14 @@ class Evidence:
         """For readers: what tuning found, which rows are shown without it, and which had no trial."""
         path = folder(self.name) / TRIALS
         if not path.is_file():
-            return "No row was tuned: each has the learning rate and the length that the profile gives it."
+            return "No row was tuned: each has the learning rate that the profile gives it."
         trials, plain = pl.read_csv(path), params.Tuned()
-        chosen = trials.filter("chosen").select("row", "rate", "length").iter_rows()
-        best = {row: params.Tuned(rate=rate, length=length) for row, rate, length in chosen}
+        chosen = trials.filter("chosen").select("row", "rate").iter_rows()
+        best = {row: params.Tuned(rate=rate) for row, rate in chosen}
         found = dict[str, list[str]]()
         for row, pace in best.items():
-            factors = {"learning rate": pace.rate, "length": pace.length}
-            moved = [f"{name} × {factor:g}" for name, factor in factors.items() if factor != 1]
-            found.setdefault(", ".join(moved) or "the profile's own pace", []).append(row)
+            moved = "the profile's own pace" if pace == plain else f"learning rate × {pace.rate:g}"
+            found.setdefault(moved, []).append(row)
         rows = [*self.profile.recipes.active, *(row for row in self.profile.baselines if row in params.PEERS)]
         without = [row for row, pace in best.items() if self.profile.tuned.get(row, plain) != pace]
         everyone = "all of them" if without == list(best) else ""
@@ -238,7 +249,7 @@ def load(name: str) -> Evidence:
     _declared(name)
     told = _provenance(name)
     tables = {table: _table(name, table) for table in TABLES}
-    for file, expected in told.get("tables", {}).items():
+    for file, expected in told["tables"].items():
         if (folder(name) / file).is_file() and provenance.sha256(folder(name) / file) != expected:
             raise EvidenceError(
                 f"results/{name}/{file} is not the table that provenance.json is about; {_mend(name)}"
@@ -277,6 +288,8 @@ def _provenance(name: str) -> dict[str, Any]:
     told = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(told, dict) or told.get("profile") != name:
         raise EvidenceError(f"results/{name}/provenance.json is about another profile; {_mend(name)}")
+    if lacking := [key for key in ("tables", "runs") if key not in told]:
+        raise EvidenceError(f"results/{name}/provenance.json has no {lacking[0]!r}; {_mend(name)}")
     return told
 
 

@@ -49,18 +49,15 @@ def export(
         out: must not exist or be empty.
         base: the decoder's folder, for an encoder with LoRA; the update is merged in fp32.
         data: what the encoder was trained on, for the card.
-        auc: rows of ``auc.csv`` for the card: recipe, seed, task, auc, ci_low, ci_high, n.
+        auc: rows of ``auc.csv`` for the card, some of them of the encoder's recipe: recipe, seed, task, auc,
+            ci_low, ci_high, n.
 
     Raises:
-        ExportError: the recipe or the input stands against it, or what was written embeds otherwise and is
+        ExportError: the recipe or an input stands against it, or what was written embeds otherwise and is
             removed again.
     """
-    if auc is not None:
-        from ggsm_core.evaluation import AUC_COLUMNS  # scikit-learn behind it, for the card alone
-
-        if lacking := [name for name in AUC_COLUMNS if name not in auc.columns]:
-            raise ExportError(f"auc: no column {lacking[0]!r}; give a run's auc.csv")
     encoder = UserEncoder.load(folder, base=base)
+    metrics = "None given." if auc is None else _table(auc, encoder.recipe.name)
     causal = _is_causal(encoder)
     if out.exists() and any(out.iterdir()):
         raise ExportError(f"out: {out} holds files already; give a new folder")
@@ -73,7 +70,7 @@ def export(
     except ExportError:
         shutil.rmtree(out)
         raise
-    (out / "README.md").write_text(_card(encoder, causal, data, auc), encoding="utf-8")
+    (out / "README.md").write_text(_card(encoder, causal, data, metrics), encoding="utf-8")
 
 
 def text_of(
@@ -186,7 +183,7 @@ def _compare(encoder: UserEncoder, model: SentenceTransformer) -> None:
         )
 
 
-def _card(encoder: UserEncoder, causal: bool, data: str, auc: pl.DataFrame | None) -> str:
+def _card(encoder: UserEncoder, causal: bool, data: str, metrics: str) -> str:
     recipe = encoder.recipe
     options = ", ".join(f"{name}: {value}" for name, value in recipe.options.model_dump().items())
     example = render(User({"bill": [Record("soft drinks (grocery)", (2.5, 1.8, 0.1, 0.5, 0.7, 0.0))]}))
@@ -227,7 +224,7 @@ The text is what `ggsm_core.export.text_of` gives; up to {recipe.max_length} tok
 {recipe.name}, {recipe.total_steps} steps; {options or "no options"}; answer tower: {encoder.answer_mask}.
 
 ## Metrics
-{_table(auc, recipe.name)}
+{metrics}
 
 ## Limits
 It represents users like those it was trained on, in that language and that template; other logs need their
@@ -236,16 +233,36 @@ name none of them. It was not built for decisions about single persons.
 """
 
 
-def _table(auc: pl.DataFrame | None, recipe: str) -> str:
-    rows = [] if auc is None else auc.filter(pl.col("recipe") == recipe).sort("task", "seed").rows(named=True)
+def _table(auc: pl.DataFrame, recipe: str) -> str:
+    """The rows of ``recipe`` for the card. Raises ``ExportError`` for none, or one with a value missing."""
+    from ggsm_core.evaluation import AUC_COLUMNS  # scikit-learn behind it, for the card alone
+
+    if lacking := [name for name in AUC_COLUMNS if name not in auc.columns]:
+        raise ExportError(f"auc: no column {lacking[0]!r}; give a run's auc.csv")
+    typed = auc.select(pl.col(name).cast(kind, strict=False) for name, kind in AUC_COLUMNS.items())
+    for name in AUC_COLUMNS:
+        if (empty := typed[name].is_null()).any():
+            row = int(empty.arg_true()[0])
+            raise ExportError(f"auc: {name}: {auc[name][row]!r} in row {row + 1}; give a run's auc.csv")
+    rows = typed.filter(pl.col("recipe") == recipe).sort("task", "seed").rows(named=True)
     if not rows:
-        return "None given."
+        there = ", ".join(typed["recipe"].unique().sort()) or "none at all"
+        raise ExportError(
+            f"auc: no row of recipe {recipe!r}, there is {there}; give the auc.csv of its own run"
+        )
     lines = ["Linear probe on frozen embeddings, AUC with its interval over households:", ""]
     lines += ["| task | seed | AUC | interval | n |", "| --- | --- | --- | --- | --- |"]
     lines += [
         "| {task} | {seed} | {auc:.3f} | {ci_low:.3f} to {ci_high:.3f} | {n} |".format(**row) for row in rows
     ]
     return "\n".join(lines)
+
+
+def _read(file: Path) -> pl.DataFrame:
+    try:
+        return pl.read_csv(file)
+    except pl.exceptions.PolarsError as error:
+        raise ExportError(f"auc: {file}: not a table ({error}); give a run's auc.csv") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -260,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--auc", type=Path, help="auc.csv with its metrics, for the model card")
     given: Any = parser.parse_args(arguments)
     try:
-        auc = pl.read_csv(given.auc) if given.auc else None
+        auc = _read(given.auc) if given.auc else None
         export(given.model, given.out, base=given.base, data=given.data, auc=auc)
     except (ValueError, OSError) as problem:
         print(problem, file=sys.stderr)

@@ -302,7 +302,7 @@ def grid(
 
 # --- negatives ------------------------------------------------------------------------------------------
 
-KINDS = ("negative", "removed by the margin", "the same answer", "the same household", "positive")
+KINDS = ("negative", "removed by the margin", "the same answer", "the same household", "positive, or itself")
 _FILLS = ("#9ecae1", "#F0E442", "#CC79A7", "#E69F00", "#222222")
 _MARKS = ("", "·", "=", "H", "")
 

@@ -24,9 +24,6 @@ from ggsm_core import backbone, cost, params
 from ggsm_core.params import Profile
 from ggsm_core.sections import Backbone
 
-ROOM = 0.9
-"""Share of the free memory that may be planned with; the rest goes to kernels and to fragments."""
-
 
 @dataclass(frozen=True)
 class Gpu:
@@ -114,7 +111,7 @@ def _memory(profile: Profile, machine: Machine, processes: int) -> Line:
     except cost.CostError as problem:
         return Line("memory", False, f"can't be told: {problem}")
     need, row, rows, work = max(needs, key=lambda one: one[0])
-    free, states = ROOM * min(gpu.free for gpu in machine.gpus[:processes]), work.states(processes)
+    free, states = cost.ROOM * min(gpu.free for gpu in machine.gpus[:processes]), work.states(processes)
     what = f"{rows} pairs of {row} at a time"
     told = f"{need / 1e9:.1f} GB for {what}, of {free / 1e9:.1f} GB that may be planned with"
     if need <= free:
@@ -192,10 +189,10 @@ def main(arguments: list[str] | None = None) -> int:
         profile = params.load(given.profile)
         if given.processes is not None and given.processes < 1:
             raise ValueError(f"--processes: {given.processes}; give 1 or more")
-    except ValueError as problem:
+        lines = checks(profile, look(profile), given.processes)
+    except (ValueError, OSError) as problem:
         print(problem, file=sys.stderr)
         return 1
-    lines = checks(profile, look(profile), given.processes)
     print(*lines, sep="\n")
     return 0 if all(line.good for line in lines) else 1
 

@@ -83,9 +83,12 @@ class Difference:
             raise EvaluationError(
                 "difference: a draw is no number; each resample needs scores and both labels"
             )
-        spread = float(draws.std())
-        p = float(2 * ndtr(-abs(difference) / spread)) if spread > 0 else float(difference == 0)
-        return cls(float(difference), *interval(draws), p)
+        return cls(float(difference), *interval(draws), two_sided(float(difference), float(draws.std())))
+
+
+def two_sided(difference: float, error: float) -> float:
+    """The normal p-value of ``difference`` with standard error ``error``; without error, 1 or 0."""
+    return float(2 * ndtr(-abs(difference) / error)) if error > 0 else float(difference == 0)
 
 
 def interval(draws: Floats) -> tuple[float, float]:

@@ -113,6 +113,7 @@ def exit_status(action: Callable[[], int]) -> int:
 
     before = signal.signal(signal.SIGTERM, ended)
     try:
+        provenance.check_variables()
         return action()
     except KeyboardInterrupt:
         print(
@@ -124,6 +125,11 @@ def exit_status(action: Callable[[], int]) -> int:
     except (JobFailed, ValueError) as problem:
         print(f"{problem}\nWhole runs are kept; the same command goes on from them.", file=sys.stderr)
         return 1
+    except RuntimeError as problem:
+        if not (full := memory_message(problem)):
+            raise
+        print(full, file=sys.stderr)
+        return 1
     except OSError as problem:
         print(disk_message(problem, Path.cwd()) or f"{type(problem).__name__}: {problem}", file=sys.stderr)
         return 1
@@ -133,12 +139,23 @@ def exit_status(action: Callable[[], int]) -> int:
 
 def explain(problem: Exception, folder: Path) -> tuple[str, bool]:
     """What to tell of an error in a child, and whether that is all there is to know (else show its log)."""
-    if full := disk_message(problem, folder):
+    if full := disk_message(problem, folder) or memory_message(problem):
         return full, True
     if isinstance(problem, ModuleNotFoundError) and not (problem.name or "").startswith("ggsm_core"):
         return f"the package {problem.name} is not installed; `make install` installs it", True
     ours = isinstance(problem, ValueError) and type(problem).__module__.startswith(("ggsm_core", "__main__"))
     return f"{type(problem).__name__}: {problem}", ours
+
+
+def memory_message(problem: BaseException) -> str | None:
+    """What to say if ``problem`` is a GPU whose memory is full; None if it is not."""
+    torch = sys.modules.get("torch")  # only if the work itself used it
+    if torch is None or not isinstance(problem, torch.OutOfMemoryError):
+        return None
+    return (
+        "the GPU's memory is full: set training.micro_batch, or lower it (`make gpu-check PROFILE=...` says "
+        f"what fits), or free the GPU, and start again ({problem})"
+    )
 
 
 def disk_message(problem: BaseException | None, folder: Path) -> str | None:

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,9 @@ class UserEncoder(nn.Module):
         features: F, or None for plain text input without adapters.
         lora: train low-rank updates and the rows of the tags instead of the whole decoder.
         answer_mask: ``same`` (the recipe's own rule), ``causal`` or ``bidirectional`` for the answer tower.
-        template: how users became its sequences; saved with it, so that new users become them alike.
+        template, history_days: how users became its sequences; saved with it, so that new users become them
+            alike.
+        base: with LoRA, the digest of the decoder's weights that it is saved with; of ``decoder`` by default.
     """
 
     decoder: Any  # a PreTrainedModel, or peft's wrapper around one
@@ -79,6 +81,8 @@ class UserEncoder(nn.Module):
         lora: Lora | None = None,
         answer_mask: AnswerMask = "same",
         template: Template | None = None,
+        history_days: int | None = None,
+        base: str | None = None,
     ) -> None:
         super().__init__()
         if answer_mask not in get_args(AnswerMask):
@@ -90,7 +94,7 @@ class UserEncoder(nn.Module):
         self.recipe = recipe
         self.features = features
         self.answer_mask = answer_mask
-        self.template = template
+        self.template, self.history_days = template, history_days
         added = tokenizer.get_added_vocab()
         if lacking := [token for token in SPECIAL_TOKENS if token not in added]:
             raise EncoderError(f"tokenizer: {', '.join(lacking)} missing; add all of template.SPECIAL_TOKENS")
@@ -98,6 +102,7 @@ class UserEncoder(nn.Module):
         embeddings: Any = decoder.get_input_embeddings()
         self.adapters = Adapters(features, embeddings) if features is not None else None
         self.lora = lora
+        self.base = None if lora is None else base or _sha256("", decoder.state_dict())
         self.decoder = decoder if lora is None else _with_lora(decoder, lora, sorted(self.ids.values()))
 
     @property
@@ -277,6 +282,7 @@ class UserEncoder(nn.Module):
             raise EncoderError("lora: this encoder has none, so there is nothing to merge")
         other = copy.deepcopy(self).float().eval()
         other.decoder, other.lora = other.decoder.merge_and_unload(safe_merge=True), None
+        other.base = None
         return other
 
     def save(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
@@ -303,6 +309,8 @@ class UserEncoder(nn.Module):
             "lora": self.lora.model_dump() if self.lora is not None else None,
             "answer_mask": self.answer_mask,
             "template": self.template.model_dump() if self.template is not None else None,
+            "history_days": self.history_days,
+            "base": self.base,
             "attention": self._base().config._attn_implementation,
         }
 
@@ -312,31 +320,37 @@ class UserEncoder(nn.Module):
         config = self._base().config.to_dict() | dict.fromkeys(("_name_or_path", "architectures", "dtype"))
         tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
         tokenizer |= dict.fromkeys(("padding", "truncation"))
-        made = hashlib.sha256(digest([self.description(), config, tokenizer]).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            made.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            made.update(whole(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return made.hexdigest()
+        return _sha256(digest([self.description(), config, tokenizer]), self.state_dict())
 
     @classmethod
     def load(cls, folder: Path, base: Path | None = None) -> UserEncoder:
         """Read what ``save`` wrote, ready for ``embed``.
 
         With LoRA, ``base`` is the folder of the decoder it was trained on: only the update was saved.
-        Raises ``EncoderError`` for a folder that is none or damaged, by file and field.
+        Raises ``EncoderError`` for a folder that is none or damaged, by file and field, and for a ``base``
+        that is another decoder or not wanted.
         """
         with _reading(folder / "encoder.json") as file:
             description = _Description.model_validate_json(file.read_bytes())
         if description.lora is None:
+            if base is not None:
+                raise EncoderError(f"base: {base} given, and {folder.name} has no LoRA; leave base out")
             with _reading(folder / "config.json"):
                 config = AutoConfig.from_pretrained(folder)
                 decoder = AutoModel.from_config(config, attn_implementation=description.attention)
-        elif base is None:
+        elif base is None or not base.is_dir():  # what is no folder would be looked for on a hub
             raise EncoderError(
-                f"{folder.name}: holds LoRA weights only; give base, the folder of its decoder"
+                f"{folder.name}: holds LoRA weights only, and base is {base or 'missing'}, no folder; give "
+                f"{_BASE}"
             )
         else:
-            decoder = load_decoder(base, description.attention)
+            with _reading(base, f"give {_BASE}"):
+                decoder = load_decoder(base, description.attention)
+            if _sha256("", decoder.state_dict()) != description.base:
+                raise EncoderError(
+                    f"base: {base} holds other weights than the decoder that {folder.name} was trained on; "
+                    f"give {_BASE}"
+                )
         name = description.recipe
         if name not in recipes.RECIPES:
             raise EncoderError(
@@ -361,13 +375,16 @@ class UserEncoder(nn.Module):
             lora=description.lora,
             answer_mask=description.answer_mask,
             template=description.template,
+            history_days=description.history_days,
+            base=description.base,
         )
         with _reading(folder / "encoder.safetensors") as file:
             encoder.load_trained_state(load_file(file))
         return encoder.eval()
 
 
-_REMEDY = "give a folder that UserEncoder.save wrote, or save the encoder anew"
+_REMEDY = "give a folder that UserEncoder.save of this version wrote, or train the encoder anew"
+_BASE = "the folder of its decoder, a run of stage pretrain"
 
 
 class _Description(BaseModel):
@@ -383,19 +400,30 @@ class _Description(BaseModel):
     lora: Lora | None
     answer_mask: AnswerMask
     template: Template | None
+    history_days: PositiveInt | None
+    base: str | None
     attention: str
 
 
 @contextmanager
-def _reading(file: Path) -> Iterator[Path]:
+def _reading(file: Path, remedy: str = _REMEDY) -> Iterator[Path]:
     """Whatever a library makes of a missing or damaged ``file`` of an encoder, as ``EncoderError``."""
     try:
         yield file
     except ValidationError as error:
         faults = "; ".join(": ".join(map(str, (*fault["loc"], fault["msg"]))) for fault in error.errors())
-        raise EncoderError(f"{file}: {faults}; {_REMEDY}") from None
+        raise EncoderError(f"{file}: {faults}; {remedy}") from None
     except Exception as error:  # tokenizers raises no other kind
-        raise EncoderError(f"{file}: missing or damaged ({error}); {_REMEDY}") from error
+        raise EncoderError(f"{file}: missing or damaged ({error}); {remedy}") from error
+
+
+def _sha256(text: str, state: Mapping[str, Tensor]) -> str:
+    """Hex sha256 of ``text`` and of each weight: its name, type, shape and bytes."""
+    made = hashlib.sha256(text.encode())
+    for name, tensor in sorted(state.items()):
+        made.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        made.update(whole(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return made.hexdigest()
 
 
 def load_decoder(folder: Path, attention: str) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
@@ -103,12 +104,9 @@ class Variant(Section):
 
 
 class Tuned(Section):
-    """What tuning chose for a row, as multiples of what the profile says for all (``ggsm_core.tuning``)."""
+    """What tuning chose for a row, as a multiple of what the profile says for all (``ggsm_core.tuning``)."""
 
     rate: float = field(1.0, "times the learning rate", gt=0.0, le=1000.0)
-    length: float = field(
-        1.0, "times the steps or epochs, and a recipe's warm-up with them", gt=0.0, le=1000.0
-    )
 
 
 class Row(NamedTuple):
@@ -170,26 +168,9 @@ class Profile(Section):
             own = _changed(own or default, variant.options)
             objective = _changed(objective, variant.objective)
             training = _changed(training, variant.training)
-        pace = self.tuned.get(recipe, Tuned())
-        if isinstance(own, Guidance) and pace.length != 1:
-            warm = _times(own.warm_steps, pace.length)
-            if own.warm_steps and not warm:
-                raise ValueError(
-                    f"tuned.{recipe}.length: {pace.length:g} leaves none of {own.warm_steps} warm_steps"
-                )
-            own = own.model_copy(update={"warm_steps": warm})
-        training = training.model_copy(
-            update={
-                "learning_rate": training.learning_rate * pace.rate,
-                "total_steps": max(_times(training.total_steps, pace.length), 1),
-            }
-        )
-        peers = self.peers.model_copy(
-            update={
-                "learning_rate": self.peers.learning_rate * pace.rate,
-                "epochs": max(_times(self.peers.epochs, pace.length), 1),
-            }
-        )
+        rate = self.tuned.get(recipe, Tuned()).rate
+        training = training.model_copy(update={"learning_rate": training.learning_rate * rate})
+        peers = self.peers.model_copy(update={"learning_rate": self.peers.learning_rate * rate})
         return Row(recipe, own, objective, training, peers)
 
     @model_validator(mode="after")
@@ -200,6 +181,12 @@ class Profile(Section):
             where = f"variants.{name}.options" if name in self.variants else f"recipes.{name}"
             if objective.margin_from > 0 and objective.margin is None:
                 raise ValueError(f"{name}: objective.margin_from needs objective.margin, which is null")
+            if objective.margin_from >= total:
+                raise ValueError(
+                    f"{name}: objective.margin_from = {objective.margin_from} is not below "
+                    f"training.total_steps = {total}, so the margin never acts; set objective.margin to null"
+                )
+            self._check_batch(name, training)
             if not isinstance(guidance, Guidance):
                 continue
             if guidance.warm_steps >= total:
@@ -257,6 +244,22 @@ class Profile(Section):
             )
         return self
 
+    def _check_batch(self, name: str, training: Training) -> None:
+        """A batch takes a sample once: more samples than there can be would be refused hours later."""
+        most: dict[str, int | None] = {"data": None, "synthesis": None}
+        if self.data.households is not None:
+            halved = self.data.protocol == "new_users"
+            taught = ceil(self.data.households / (1 + halved))
+            most["data"] = taught * len(self.data.train_anchors)
+        if training.qa_share > 0 and self.synthesis is not None:
+            most["synthesis"] = ceil(self.synthesis.scaled / self.synthesis.pairs_per_user)
+        for source, samples in most.items():
+            if samples is not None and training.batch_size > samples:
+                raise ValueError(
+                    f"{name}: training.batch_size = {training.batch_size}, and {source} gives {samples} "
+                    "training samples at most; a batch takes each of them once"
+                )
+
     def _checked_row(self, name: str) -> Row:
         if name in self.variants and (
             name in RECIPE_NAMES or name in BASELINE_NAMES or not re.fullmatch(r"[a-z0-9_]+", name)
@@ -277,10 +280,6 @@ _Kind = TypeVar("_Kind", bound=Section)
 
 def _changed(section: _Kind, changes: dict[str, Any]) -> _Kind:
     return type(section).model_validate(section.model_dump() | changes)
-
-
-def _times(count: int, factor: float) -> int:
-    return round(count * factor)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -26,12 +26,25 @@ from ggsm_core.adapters import Adapters
 from ggsm_core.backbone import load_pretrained, new_decoder, train_tokenizer
 from ggsm_core.collation import collate
 from ggsm_core.progress import Progress
-from ggsm_core.template import RECORD_TOKEN, USER_TOKEN, Encoded, User, encode_answer, encode_user, render
+from ggsm_core.template import (
+    RECORD_TOKEN,
+    USER_TOKEN,
+    Encoded,
+    Record,
+    User,
+    encode_answer,
+    encode_user,
+    render,
+)
 from ggsm_core.text_encoder import feature_size, features
 from ggsm_core.tokens import read_users
 
 IGNORED = -100
 """A target that the loss leaves out."""
+
+
+class Diverged(ValueError):
+    """A loss that is no number any more: what is saved after it would be worthless."""
 
 
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
@@ -56,6 +69,7 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
         render(users[sample], query) for sample, query in shuffled[:2000].select("sample", "query").rows()
     ]
     tokenizer = train_tokenizer([*texts, *pairs["answer"].unique().sort()], params.backbone.vocab)
+    _check_lengths(pairs, tokenizer, template)
 
     torch.manual_seed(settings.seed)
     model = new_decoder(params.backbone, len(tokenizer))
@@ -75,6 +89,16 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
     tokenizer.save_pretrained(out)
 
 
+def _check_lengths(pairs: pl.DataFrame, tokenizer: PreTrainedTokenizerFast, template: Any) -> None:
+    """Raises ``AnswerTooLong`` or ``QueryTooLong``, as stage ``tokens`` would once all is trained."""
+    for answer in pairs["answer"].unique().sort():
+        encode_answer(answer, tokenizer, max_tokens=template.max_answer_tokens)
+    anyone = User({"bill": [Record("one record")]})
+    for query in pairs["query"].unique().sort():
+        encode_user(anyone, tokenizer, query, max_tokens=template.max_user_tokens,
+                    modality_input=template.modality_input)  # fmt: skip
+
+
 def _train(
     settings: Any,
     pairs: pl.DataFrame,
@@ -90,13 +114,19 @@ def _train(
     """One part: ``steps`` steps on the pairs in their order, and on again from the first."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.01)
+    rise = 0.1 if steps != 10 else 0.11  # a tenth of 10 steps would end at step 0, and torch divides by it
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=steps, pct_start=0.1
+        optimizer, settings.learning_rate, total_steps=steps, pct_start=rise
     )
     begin = time.monotonic()
     with log.open("w" if first == 0 else "a", encoding="utf-8") as lines:
         for step in range(steps):
             loss = loss_of(pairs[np.arange(step * batch_size, (step + 1) * batch_size) % len(pairs)])
+            if not bool(torch.isfinite(loss)):
+                raise Diverged(
+                    f"pretraining.learning_rate: the loss of step {first + step} is {loss.item()}; "
+                    f"a rate below {settings.learning_rate:g} may keep it finite"
+                )
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)

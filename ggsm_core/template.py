@@ -43,6 +43,9 @@ DAYS = 90.0
 """Unit of the two day numbers: the paper's history window, in every profile."""
 NO_NUMBERS = (0.0,) * len(NUMBERS)
 
+KEPT = 64
+"""Records stored per modality and sample, the most important ones: no template may show more."""
+
 _MONEY = frozenset({"bill", "spm", "tabular"})  # modalities whose amounts are dollars
 
 

@@ -24,7 +24,16 @@ from ggsm_core.data import windows
 from ggsm_core.order import in_pools, save_indexes
 from ggsm_core.progress import Progress
 from ggsm_core.shards import ShardError, mapped
-from ggsm_core.template import NUMBERS, Encoded, Record, User, encode_answer, encode_user
+from ggsm_core.template import (
+    MODALITIES,
+    NUMBERS,
+    EmptyHistory,
+    Encoded,
+    Record,
+    User,
+    encode_answer,
+    encode_user,
+)
 
 SHARD_ROWS = 1 << 18
 """Sequences in a file."""
@@ -182,9 +191,23 @@ def _file(name: str, number: int) -> str:
 
 
 def read_users(folder: Path, samples: pl.Series, template: Any) -> dict[int, User]:
-    """The users of these samples, from a windows run."""
-    wanted = pl.col("sample").is_in(samples.unique().to_list())
-    return dict(windows.users(pl.read_parquet(folder / "records.parquet").filter(wanted), template))
+    """The users of these samples, from a windows run.
+
+    Raises ``EmptyHistory`` for samples of which the template shows no record.
+    """
+    wanted = samples.unique()
+    records = pl.read_parquet(folder / "records.parquet").filter(pl.col("sample").is_in(wanted.to_list()))
+    users = dict(windows.users(records, template))
+    hidden = [sample for sample in wanted if sample not in users]
+    if hidden:
+        counts = ", ".join(f"{name}: {getattr(template, name)}" for name in MODALITIES)
+        theirs = records.filter(pl.col("sample").is_in(hidden))["modality"].cast(pl.String)
+        most = theirs.value_counts().sort("count", "modality", descending=[True, False])["modality"]
+        raise EmptyHistory(
+            f"template: {len(hidden):,} of {len(wanted):,} samples have no record to show under {counts}; "
+            f"raise those that they have records of: {', '.join(most) or 'none'}"
+        )
+    return users
 
 
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:

@@ -36,6 +36,7 @@ def build_encoder(params: Any, inputs: dict[str, Path]) -> UserEncoder:
         lora=params.lora,
         answer_mask=params.training.answer_mask,
         template=params.template,
+        history_days=params.data.history_days,
     )
     if encoder.adapters is not None and (inputs["pretrain"] / adapters.FILE).exists():
         encoder.adapters.load(inputs["pretrain"])  # a published decoder comes without

@@ -86,6 +86,11 @@ class Trainer:
                 "freeze: tower keeps a whole copy of the encoder, which FSDP2 has no place for; use DDP, or "
                 "freeze: position or segment"
             )
+        if self.accelerator.is_fsdp2 and getattr(params.options, "source", None) == "attention":
+            raise TrainingError(
+                "source: attention asks the encoder past its forward pass, and FSDP2 gathers the weights for "
+                "that alone; use DDP, or another source"
+            )
         self.frozen_tower: UserEncoder | None = None
         self.step = 0
 

@@ -65,13 +65,13 @@ def validation(profile: Profile, pace: Tuned, rows: Sequence[str] = ()) -> Profi
 
 
 def choose(trials: pl.DataFrame) -> pl.DataFrame:
-    """``trials`` (row, rate, length, auc) with ``chosen``: the best of each row, the first of equals."""
+    """``trials`` (row, rate, auc) with ``chosen``: the best of each row, the first of equals."""
     first_best = pl.col("auc").arg_max().over("row") == pl.int_range(pl.len()).over("row")
     return trials.with_columns(chosen=first_best)
 
 
 def tune(profile: Profile, rows: Sequence[str] = (), say: Callable[[str], None] = print) -> pl.DataFrame:
-    """All trials of ``rows``, or of all: row, rate, length, auc (mean over tasks), run, commit, chosen."""
+    """All trials of ``rows``, or of all: row, rate, auc (mean over tasks), run, commit, chosen."""
     from ggsm_core.jobs import run_missing
     from ggsm_core.runs import Run, Store
     from ggsm_core.stages import GRAPH, Plan
@@ -80,13 +80,13 @@ def tune(profile: Profile, rows: Sequence[str] = (), say: Callable[[str], None] 
     for pace in TRIALS:
         plan = Plan(GRAPH, validation(profile, pace, rows), Store())
         nodes = plan.of_stage("probe")
-        say(f"rate x {pace.rate:g}, length x {pace.length:g}: {len(nodes)} rows")
+        say(f"rate x {pace.rate:g}: {len(nodes)} rows")
         run_missing(plan, nodes, say)
         for node in nodes:
             run = Run(plan.store.folder(node.name))
             auc = pl.read_csv(run.folder / "auc.csv")["auc"].mean()
-            lines.append((node.row, pace.rate, pace.length, auc, node.name, run.provenance["commit"]))
-    return choose(pl.DataFrame(lines, schema=["row", "rate", "length", "auc", "run", "commit"], orient="row"))
+            lines.append((node.row, pace.rate, auc, node.name, run.provenance["commit"]))
+    return choose(pl.DataFrame(lines, schema=["row", "rate", "auc", "run", "commit"], orient="row"))
 
 
 def merged(trials: pl.DataFrame, earlier: Path) -> pl.DataFrame:
@@ -99,11 +99,8 @@ def merged(trials: pl.DataFrame, earlier: Path) -> pl.DataFrame:
 
 def as_yaml(trials: pl.DataFrame) -> str:
     """The section ``tuned`` of a profile; rows that stay as they are are left out."""
-    chosen = trials.filter("chosen").filter((pl.col("rate") != 1) | (pl.col("length") != 1))
-    lines = [
-        f"  {row}: {{rate: {rate}, length: {length}}}"
-        for row, rate, length in chosen.select("row", "rate", "length").iter_rows()
-    ]
+    chosen = trials.filter("chosen").filter(pl.col("rate") != 1)
+    lines = [f"  {row}: {{rate: {rate}}}" for row, rate in chosen.select("row", "rate").iter_rows()]
     return "\n".join(["tuned:", *lines]) if lines else "tuned: {}"
 
 

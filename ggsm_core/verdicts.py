@@ -16,13 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 import polars as pl
-from scipy.special import ndtr
 
-from ggsm_core.comparison import LEVEL, MEAN, holm
+from ggsm_core.comparison import MEAN, corrected
 from ggsm_core.comparison import NONE_SHOWN as NONE_SHOWN
 from ggsm_core.data.tasks import TASKS
 from ggsm_core.evidence import Evidence, EvidenceError
-from ggsm_core.intervals import Floats
+from ggsm_core.intervals import Floats, two_sided
 from ggsm_core.params import UNSEEDED_BASELINES
 
 Z = 1.959964
@@ -108,8 +107,8 @@ def gaps(
             point = _on_one_seed(evidence, row, reference, task)
             variance += over_seeds[len(drawn) - 1] if over_seeds else 0.0
         error = float(np.sqrt(variance))
-        p = float(2 * ndtr(-abs(point) / error)) if error > 0 else float(point == 0)
-        lines.append((row, reference, task, seeds, point, point - Z * error, point + Z * error, p))
+        ends = point - Z * error, point + Z * error
+        lines.append((row, reference, task, seeds, point, *ends, two_sided(point, error)))
     columns = ("row", "reference", "task", "seeds", "difference", "ci_low", "ci_high", "p")
     types = (*[pl.String] * 3, pl.Int64, *[pl.Float64] * 4)
     return corrected(pl.DataFrame(lines, schema=dict(zip(columns, types, strict=True)), orient="row"))
@@ -142,18 +141,6 @@ def twins(evidence: Evidence, rows: Sequence[str]) -> dict[str, str]:
         if shared and other not in found and all(auc[row][key] == auc[other][key] for key in shared):
             found[other] = found.get(row, row)
     return found
-
-
-def corrected(gaps: pl.DataFrame) -> pl.DataFrame:
-    """``gaps`` with ``p_holm`` and ``verdict``, all its lines one family whatever they were before."""
-    adjusted = pl.Series("p_holm", holm(gaps["p"].to_list()), dtype=pl.Float64)
-    return gaps.with_columns(adjusted).with_columns(
-        verdict=pl.when(pl.col("p_holm") >= LEVEL)
-        .then(pl.lit(NONE_SHOWN))
-        .when(pl.col("difference") > 0)
-        .then(pl.lit("better"))
-        .otherwise(pl.lit("worse"))
-    )
 
 
 def groups(evidence: Evidence, rows: Sequence[str], task: str = MEAN) -> list[list[str]]:

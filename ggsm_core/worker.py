@@ -30,6 +30,10 @@ from ggsm_core.progress import Progress
 from ggsm_core.runs import DamagedRun, Run, Store
 from ggsm_core.stages import GRAPH, Graph, Node, Plan
 
+ONE_PROCESS = ("random", "shuffled", "position")
+"""Controls (``ggsm_core.ablation``) that each process would make from its own share of the batch."""
+TRACE = "GGSM_PROFILE_TRACE"
+
 
 class Undeclared(AttributeError, ValueError):
     """A stage reads a part of the profile that its declaration does not list."""
@@ -37,6 +41,10 @@ class Undeclared(AttributeError, ValueError):
 
 class StaleCode(ValueError):
     """The code is no longer what the run's id was computed from."""
+
+
+class Refused(ValueError):
+    """A launch that could not do what is asked of it."""
 
 
 class Declared:
@@ -137,7 +145,7 @@ def _provenance(
         "libraries": config["libraries"],
         "machine": provenance.machine(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "threads": int(os.environ.get("OMP_NUM_THREADS", "0")) or provenance.cores(),
+        "threads": provenance.threads(),
         "peak_memory_mib": provenance.peak_memory() // 2**20,
         "started": started.isoformat(timespec="seconds"),
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -197,6 +205,8 @@ def together(
             gate.wait([f"ready {other}" for other in range(1, world)], timedelta(hours=1))
 
     try:
+        if world > 1:
+            _check_shared(node)
         run_missing(plan, node.inputs.values())
         with _locked(
             store, node.name, lambda: print("another process computes this run; waiting", flush=True)
@@ -206,12 +216,26 @@ def together(
                 store.begin(node.name, node.config, resume=node.stage.resumes)
                 tell("verdict", "compute")
                 run = _make(store, graph, node.name, node.config, context(plan, node), say, all_ready)
+            elif os.environ.get(TRACE):
+                raise Refused(
+                    f"--profile-trace: {node.title} is whole and trains no more; remove {run.folder} first, "
+                    "or set GGSM_RUNS to another folder for the trace"
+                )
     except BaseException:
         tell("verdict", "failed")
         raise
     tell("verdict", "whole")
     tell("whole")
     return run
+
+
+def _check_shared(node: Node) -> None:
+    source = (node.config.get("options") or {}).get("source")
+    if source in ONE_PROCESS:
+        raise Refused(
+            f"{node.title}: source: {source} is made by each process from its own share of the batch, so "
+            "several would compute another run under the same id; start one process"
+        )
 
 
 def _follow(gate: Any, rank: int, plan: Plan, node: Node, say: Progress) -> Run:
@@ -238,7 +262,7 @@ def command_line(stage: str, argv: list[str] | None = None) -> int:
     parser.add_argument("--profile-trace", type=Path, help="folder for a profiler's trace of a few steps")
     arguments = parser.parse_args(argv)
     if arguments.profile_trace is not None:
-        os.environ["GGSM_PROFILE_TRACE"] = str(arguments.profile_trace)
+        os.environ[TRACE] = str(arguments.profile_trace)
 
     def action() -> int:
         run = together(arguments.profile, stage, arguments.recipe, arguments.seed)

@@ -42,6 +42,7 @@ def settings(recipe: str = "ggsm", *, lora: bool = False, seed: int = 0, **more:
         training=sections.Training(**(schedule | those(sections.Training))),
         objective=sections.Objective(**({"temperature": 0.5} | those(sections.Objective))),
         backbone=sections.Backbone(),
+        data=sections.Data(),
         template=sections.Template(max_user_tokens=tiny.LONGEST),
         lora=sections.Lora(rank=2, alpha=2, dropout=0.2) if lora else None,
     )

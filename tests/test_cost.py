@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2Config, Qwen2Model
+from transformers import GPT2Config, Qwen2Config, Qwen2Model
 
-from ggsm_core import cost, masks, params, sections
+from ggsm_core import cost, masks, params, sections, telemetry
 from ggsm_core.model import _with_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -152,3 +153,43 @@ def test_what_cannot_be_told_is_said(capsys: pytest.CaptureFixture[str]) -> None
     assert "64 x H100" in capsys.readouterr().out
     assert cost.main(["--profile", str(PARAMS / "paper.yaml"), "--devices", "3"]) == 1
     assert "devices: 3" in capsys.readouterr().err
+
+
+def test_a_micro_batch_limits_what_is_in_memory() -> None:
+    work = cost.Work.of(params.load(PARAMS / "paper.yaml"), "ggsm")
+    whole = replace(work, micro_batch=None)
+    few, all_ = cost.estimate(work, cost.A100, 64), cost.estimate(whole, cost.A100, 64)
+    assert work.micro_batch == 64 and few.rows == all_.rows == 32
+    small = cost.estimate(replace(work, micro_batch=8), cost.A100, 64)
+    assert small.rows == 8 and small.cached and small.memory < few.memory
+    # Cached, a step costs a forward pass more, and a step that probes two.
+    share, peak = 2048 // 64, cost.MFU * cost.A100.peak_flops
+    more = share * work.forward * (1 + work.probes / work.steps) / peak
+    assert small.step_seconds - few.step_seconds == pytest.approx(more)
+
+
+def test_a_frozen_tower_is_a_second_set_of_weights() -> None:
+    paper = params.load(PARAMS / "paper.yaml")
+    plain = cost.Work.of(paper, "ggsm")
+    guided = sections.Guidance(warm_steps=10, freeze="tower")
+    tower = paper.model_copy(update={"recipes": paper.recipes.model_copy(update={"ggsm": guided})})
+    assert cost.Work.of(tower, "ggsm").states() - plain.states() == 4 * plain.parameters
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+def test_the_use_that_a_run_logs_is_the_one_that_is_asked_for(rank: int | None) -> None:
+    """``--mfu`` of the cost and ``mfu`` of a log count the same operations."""
+    model, work = case(SHAPES[0], rank)
+    tokens = ROWS * (USER + ANSWER)
+    logged = telemetry.training_flops(model, model.config, tokens, (USER + ANSWER) / 2)
+    assert logged == pytest.approx(ROWS * work.train, rel=0.1)
+
+
+def test_an_unknown_kind_of_decoder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(cost.CostError, match=r"config\.json.*'intermediate_size'"):
+        cost.Decoder.of(GPT2Config())
+    (tmp_path / "config.json").write_text("{")
+    own = params.load(PARAMS / "paper.yaml")
+    damaged = own.model_copy(update={"backbone": own.backbone.model_copy(update={"path": str(tmp_path)})})
+    with pytest.raises(cost.CostError, match=r"backbone\.path"):
+        cost.Work.of(damaged, "ggsm")

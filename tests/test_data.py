@@ -250,8 +250,10 @@ def test_bad_logs_are_refused(few: tuple[pl.DataFrame, pl.DataFrame]) -> None:
         "time zone": events.with_columns(pl.col("time").dt.replace_time_zone(None)),
         "time: null": text.with_columns(modality=pl.lit("bill"), time=pl.lit(None, SCHEMA["time"])),
         "text": events.with_columns(text=pl.lit("  ")),
-        "amount": events.with_columns(amount=pl.lit(float("inf"))),
-        "user": events.with_columns(user=pl.lit(None, pl.String)),
+        "amount: not finite": events.with_columns(amount=pl.lit(float("inf"))),
+        "amount: above": events.with_columns(amount=pl.lit(1e308)),
+        "user: null": events.with_columns(user=pl.lit(None, pl.String)),
+        "user: empty": events.with_columns(user=pl.lit("")),
     }
     for message, log in bad.items():
         with pytest.raises(EventError, match=message):

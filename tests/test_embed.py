@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,11 @@ def log(users: int, seed: int = 0) -> pl.DataFrame:
     return shuffled.with_columns(pl.col("time").cast(pl.Datetime("us", "UTC")))
 
 
-def encoder(**more: Any) -> model.UserEncoder:
-    """With adapters and a template of its own."""
+def encoder(days: int = 90, **more: Any) -> model.UserEncoder:
+    """With adapters and a template of its own, for histories of so many days."""
     built = tiny.encoder("ggsm", **({"features": tiny.FEATURES, "layers": 2} | more))
     built.template = sections.Template(bill=3, app=2, max_user_tokens=tiny.LONGEST)
+    built.history_days = days
     return built
 
 
@@ -66,10 +68,11 @@ def run(folder: Path, events: pl.DataFrame, name: str = "out", **more: Any) -> p
     return pl.read_parquet(folder / name)
 
 
-def test_each_user_has_the_embedding_of_its_own_history(tmp_path: Path) -> None:
-    """Against windows, template and encoder, one user at a time."""
-    events, used = log(20), encoder()
-    out = run(tmp_path, events)
+@pytest.mark.parametrize(("days", "without"), [(90, 1), (12, 13)])
+def test_each_user_has_the_embedding_of_its_own_history(tmp_path: Path, days: int, without: int) -> None:
+    """Against windows, template and encoder, one user at a time; the encoder says how long a history is."""
+    events, used = log(20), encoder(days)
+    out = run(tmp_path, events, encoder=used)
     assert out["user"].to_list() == [f"u{i:05d}" for i in range(20)]
     whole = validate(events.with_columns(item=pl.lit(None, pl.String)))
     anchor = int((whole["time"].dt.date().max() - EPOCH).days) + 1  # type: ignore[operator]
@@ -77,7 +80,7 @@ def test_each_user_has_the_embedding_of_its_own_history(tmp_path: Path) -> None:
         found = pl.DataFrame({"sample": [0], "user": [row["user"]], "anchor": [anchor]}).cast(
             {"anchor": pl.Int32}
         )
-        made = list(windows.users(windows.history(whole, found, 90), used.template))
+        made = list(windows.users(windows.history(whole, found, days), used.template))
         if not made:
             assert row["records"] == 0 and row["embedding"] is None
             continue
@@ -85,7 +88,8 @@ def test_each_user_has_the_embedding_of_its_own_history(tmp_path: Path) -> None:
         batch = collation.collate([encoded], tiny.pad_id(), tiny.feature_of)
         assert row["records"] == len(encoded.records) > 0
         np.testing.assert_allclose(row["embedding"], used.embed(batch)[0].numpy(), atol=1e-5)
-    assert out.filter(pl.col("records") == 0)["user"].to_list() == ["u00003"]
+    nobody = out.filter(pl.col("records") == 0)["user"]
+    assert "u00003" in nobody and len(nobody) == without
 
 
 def test_parts_do_not_matter(tmp_path: Path) -> None:
@@ -148,11 +152,41 @@ def test_parts_of_another_call_are_not_mixed_in(tmp_path: Path) -> None:
         run(tmp_path, log(20), progress=stop)
     other = encoder()
     other.template = sections.Template(bill=4, app=2, max_user_tokens=tiny.LONGEST)
-    for more in ({"history_days": 30}, {"dtype": "float16"}, {"encoder": other}):
+    for more in ({"encoder": encoder(30)}, {"dtype": "float16"}, {"encoder": other}):
         with pytest.raises(embed.EmbedError, match="another model, log or setting"):
             run(tmp_path, log(20), **more)
     with pytest.raises(embed.EmbedError, match="another"):
         run(tmp_path, log(21))
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    """Neither taken for the output at the end of the work, nor for the parts, which are deleted."""
+    mine = tmp_path / "out.parts" / "mine"
+    mine.parent.mkdir()
+    mine.write_text("kept")
+    with pytest.raises(embed.EmbedError, match=r"out\.parts: is there and was not made by this command"):
+        run(tmp_path, log(3))
+    assert [path.name for path in mine.parent.iterdir()] == ["mine"]
+    mine.unlink()
+    run(tmp_path, log(3))  # empty, as a call leaves it that was cut off at once
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / "events.parquet"
+    for work in (partial(embed.embed, encoder()), partial(bulk.local, **TEMPLATED)):
+        with pytest.raises(EventError, match=r"--out: .*folder is a folder"):
+            work(path, tmp_path / "folder")
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_a_last_event_that_is_still_to_come_sets_no_anchor(tmp_path: Path) -> None:
+    """One mistyped date would leave everybody without a history."""
+    row = pl.int_range(pl.len())
+    late = log(5).with_columns(
+        time=pl.when(row == 4).then(pl.datetime(2107, 7, 25, time_zone="UTC")).otherwise("time")
+    )
+    with pytest.raises(embed.EmbedError, match="latest is of 2107-07-25 00:00 UTC, still to come"):
+        run(tmp_path, late)
+    assert [path.name for path in tmp_path.iterdir()] == ["events.parquet"]
+    assert run(tmp_path, late, anchor=ANCHOR)["embedding"].count() >= 4
 
 
 @pytest.mark.parametrize("out", ["events.parquet", "more/../events.parquet", "linked"])
@@ -172,8 +206,6 @@ def test_the_input_is_never_the_output(tmp_path: Path, out: str) -> None:
             {"anchor": date(1999, 1, 1)},
             "1998-10-03 to 1998-12-31; .*events.parquet has 2017-01-.* 2017-07-25",
         ),
-        ({"history_days": 0}, "history_days: 0"),
-        ({"history_days": -5, "anchor": ANCHOR}, "history_days: -5"),
         ({"part_size": 0}, "part_size: 0"),
     ],
 )
@@ -271,14 +303,23 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         f"--{k}={tmp_path / v}" for k, v in (("model", "model"), ("events", "events.parquet"), ("out", "o"))
     ]
     assert embed.main(arguments) == 0
-    assert "5 of 5 users embedded" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "5 of 5 users embedded" in told
+    assert "history: 90 days before anchor 2017-07-26; 2 of 5 users have no embedding" in told
     assert pl.read_parquet(tmp_path / "o").height == 5
     log(5).drop("text").write_parquet(tmp_path / "events.parquet")
     assert embed.main(arguments) == 1
     assert "text" in capsys.readouterr().err
-    used.template = None
-    with pytest.raises(embed.EmbedError, match="template"):
-        embed.embed(used, tmp_path / "events.parquet", tmp_path / "p")
+    ray = ["--engine", "ray", "--anchor", "2017-07-26", "--part-size", "7"]
+    assert embed.main([*arguments, *ray]) == 1 and "--part-size" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        embed.main([*arguments, "--anchor", "2017-02-30"])
+    assert "--anchor: '2017-02-30' is no day of the calendar; write it as" in capsys.readouterr().err
+    for name in ("template", "history_days"):
+        unknown = encoder()
+        setattr(unknown, name, None)
+        with pytest.raises(embed.EmbedError, match="without template or history_days"):
+            embed.embed(unknown, tmp_path / "events.parquet", tmp_path / "p")
 
 
 @pytest.mark.slow
@@ -300,7 +341,8 @@ def test_ray_embeds_each_user_once_however_often_it_is_cut_off(tmp_path: Path) -
     kept = {part.name: part.stat().st_mtime_ns for part in parts.glob("*.parquet")}
     assert len(kept) >= 3 and not (tmp_path / "shards").exists()
     with pytest.raises(embed.EmbedError, match="another model, log or setting"):
-        embed.on_ray(used, tmp_path / "events.parquet", tmp_path / "shards", history_days=9, **given)
+        other = encoder(9, features=384)
+        embed.on_ray(other, tmp_path / "events.parquet", tmp_path / "shards", **given)
     embed.on_ray(used, tmp_path / "events.parquet", tmp_path / "shards", **given)
     shards = sorted((tmp_path / "shards").iterdir())
     assert not parts.exists() and len(shards) > len(kept)

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from ggsm_core import evaluation, intervals
-from ggsm_core.evaluation import linear_probe, paired_difference
+from ggsm_core.evaluation import PROBES, linear_probe, paired_difference
 from ggsm_core.intervals import Households, mean_fold_auc, weighted_auc
 from ggsm_core.sections import Evaluation
 
@@ -256,11 +256,13 @@ def test_boosted_probe_sees_what_a_line_cannot() -> None:
     groups = np.repeat(np.arange(200), 3)
     x = rng.normal(size=(600, 4))
     labels = (x[:, 0] * x[:, 1] > 0).astype(int)
-    boosted = evaluation.boosted_probe(x, labels, groups, **FAST)
+    households = Households.of(groups, **FAST)
+    task, kind = evaluation.make_task("both", np.arange(600), labels, groups, households), PROBES["boosted"]
+    boosted, again = (evaluation.probe_tasks(x, [task], households, probe=kind)[0] for _ in range(2))
     assert boosted.auc > 0.85
     assert linear_probe(x, labels, groups, **FAST).auc < 0.6
-    assert np.array_equal(boosted.scores, evaluation.boosted_probe(x, labels, groups, **FAST).scores)
-    assert set(boosted.settings) <= set(evaluation.PROBES["boosted"].grid)
+    assert np.array_equal(boosted.scores, again.scores)
+    assert set(boosted.settings) <= set(kind.grid)
 
 
 def test_a_setting_read_out_on_the_way_is_the_model_fitted_to_it() -> None:

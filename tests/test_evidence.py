@@ -38,7 +38,7 @@ def test_what_was_published_is_read(root: Path) -> None:
     assert "4 rows" in said and "2 to 3 seeds of 5 planned" in said and "among them hybrid_segment," in said
     assert "one seed" not in said  # a row that draws nothing has no second seed to miss
     assert evidence.find("ablation") is None
-    assert evidence.hashes("ablation") == {} and len(evidence.hashes("study")) == 7
+    assert evidence.hashes("ablation") == {} and len(evidence.hashes("study")) == 8
 
 
 def test_one_seed_is_said_to_say_less(root: Path) -> None:
@@ -241,13 +241,19 @@ def test_covariance_is_symmetric_and_named_when_missing(root: Path) -> None:
     assert isinstance(study.rows, pl.DataFrame)
 
 
+def test_runs_that_collapsed_are_counted(root: Path) -> None:
+    study = evidence.load("study")
+    runs = len(study.learning) if study.learning is not None else 0
+    assert study.collapsed().startswith(f"Of {runs} training runs {runs} ended")
+    assert replace(study, learning=None).collapsed() == ""
+
+
 def test_what_tuning_found_is_told_with_what_is_shown(root: Path) -> None:
     assert evidence.load("study").tuned().startswith("No row was tuned")
     trials = pl.DataFrame(
         {
             "row": ["ggsm", "causal"] * 2,
             "rate": [1.0, 1.0, 3.0, 3.0],
-            "length": [1.0] * 4,
             "auc": [0.7, 0.7, 0.6, 0.8],
             "chosen": [True, False, False, True],
         }

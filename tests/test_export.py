@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +173,30 @@ def test_the_model_card_states_data_recipe_metrics_and_limits(
     assert "of another" not in card
     assert export.main([str(a) for a in arguments]) == 1
     assert "holds files" in capsys.readouterr().err
-    with pytest.raises(export.ExportError, match="auc: no column 'seed'"):
-        export.export(folder, tmp_path / "other", auc=auc.drop("seed"))
-    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("", r"auc\.csv: not a table"),
+        ("recipe,seed,task,auc,ci_low,ci_high\nggsm,0,a,.7,.6,.8\n", "no column 'n'"),
+        ("recipe,seed,task,auc,ci_low,ci_high,n\n", "no row of recipe 'ggsm', there is none at all"),
+        ("recipe,seed,task,auc,ci_low,ci_high,n\ncausal,0,a,.7,.6,.8,9\n", "'ggsm', there is causal;"),
+        (
+            "recipe,seed,task,auc,ci_low,ci_high,n\nggsm,0,a,.7,.6,.8,9\nggsm,0,b,,.6,.8,9\n",
+            "auc: None in row 2",
+        ),
+        ("recipe,seed,task,auc,ci_low,ci_high,n\nggsm,0,a,.7,low,.8,9\n", "ci_low: 'low' in row 1"),
+    ],
+)
+def test_metrics_that_can_not_be_told_are_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], table: str, said: str
+) -> None:
+    _, folder = saved(tmp_path, "ggsm")
+    (tmp_path / "auc.csv").write_text(table)
+    given = {"model": folder, "out": tmp_path / "out", "auc": tmp_path / "auc.csv"}
+    assert export.main([f"--{name}={value}" for name, value in given.items()]) == 1
+    assert re.search(said, capsys.readouterr().err) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # mteb calls a renamed method

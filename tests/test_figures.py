@@ -146,7 +146,7 @@ def test_cells_are_those_that_the_loss_counts(batch: int, seed: int, margin: flo
     for cell, masked in zip(cells, shares, strict=True):
         candidates = int((cell <= 1).sum())
         assert int((cell == 1).sum()) / max(candidates, 1) == pytest.approx(masked if candidates else 0)
-        assert (np.diag(cell) == figures.KINDS.index("positive")).all()
+        assert (np.diag(cell) == figures.KINDS.index("positive, or itself")).all()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -74,7 +74,7 @@ def test_memory_is_what_the_cost_model_says_and_its_mend_mends(free: float, proc
     work = cost.Work.of(whole, "causal")
     rows = -(-whole.training.batch_size // processes)
     found = problems(whole, machine).get("memory")
-    assert (found is None) == (work.states(processes) + rows * work.kept <= gpu_check.ROOM * free)
+    assert (found is None) == (work.states(processes) + rows * work.kept <= cost.ROOM * free)
     if found and "micro_batch" in found:
         fitting = int(found.rpartition(" ")[2])
         assert fitting < rows
@@ -138,8 +138,9 @@ def test_a_run_that_uses_the_gpu_has_it_to_itself(
     """What is checked is the memory of one run."""
     monkeypatch.setattr(provenance, "has_gpu", lambda: there)
     monkeypatch.setenv("GGSM_WORKERS", "4")
-    plan = stages.Plan(stages.GRAPH, GPU, runs.Store(tmp_path))
+    profile = GPU.model_copy(update={"baselines": ["minilm"]})
+    plan = stages.Plan(stages.GRAPH, profile, runs.Store(tmp_path))
     threads = {job.title: job.threads for job in jobs.missing_jobs(plan, plan.all())}
     wide = {title for title, number in threads.items() if number == 4}
-    trained = {node.title for node in plan.all() if node.stage.name in ("pretrain", "contrast", "embed")}
-    assert wide == (trained if there else set())
+    uses = {node.title for node in plan.all() if node.stage.name in ("contrast", "embed", "text")}
+    assert wide == (uses if there else set())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ggsm_core import codehash, params, provenance, stages
+from ggsm_core import codehash, params, provenance, sections, stages
 from ggsm_core.runs import Store
 from ggsm_core.stages import GRAPH, Plan, UnknownRun
 
@@ -155,7 +155,31 @@ def test_a_prompt_beside_a_module_changes_what_uses_the_module(
     between = names()
     assert "windows" in stages_of(changed(before, between))
     (source / "data" / "prompts" / "ask.txt").write_text("what will they not buy?")
-    assert "windows" in stages_of(changed(between, names()))
+    after = names()
+    assert "windows" in stages_of(changed(between, after))
+    (source / "data" / ".windows.py.swp").write_text("an editor is open")
+    (source / "data" / ".ipynb_checkpoints").mkdir()
+    (source / "data" / ".ipynb_checkpoints" / "ask-checkpoint.txt").write_text("what will they buy?")
+    assert not changed(after, names())
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("pretrain", {"backbone": sections.Backbone(kind="pretrained", path="mine")}),
+        ("text", {"text_models": sections.TextModels(kalm="mine")}),
+    ],
+)
+def test_a_relative_folder_is_the_projects_wherever_a_run_is_planned(
+    stage: str, changes: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker that reads it runs in the project's folder."""
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.safetensors").touch()
+    monkeypatch.chdir(tmp_path / "mine")
+    profile = params.Profile(name="mine").model_copy(update=changes)
+    assert tmp_path / "mine" / "model.safetensors" in GRAPH.sources(GRAPH.stages[stage], profile)
 
 
 def test_data_changes_everything(names: Callable[..., dict[str, str]], data: Path) -> None:
@@ -209,6 +233,9 @@ def test_the_machinery_is_behind_no_stage() -> None:
         ("contrast", "oracle", None, ["oracle", "causal"]),
         ("windows", None, 1, ["seed", "windows"]),
         ("baseline", "handmaid", None, ["handmaid", "handmade"]),
+        ("contrast", "ggsm", -1, ["seed: -1", "4294967295"]),
+        ("contrast", "ggsm", 2**32, ["seed: 4294967296", "4294967295"]),
+        ("probe", "oracle", 7, ["seed: 7", "oracle", "leave it out"]),
     ],
 )
 def test_an_unknown_run_is_refused(stage: str, row: str | None, seed: int | None, words: list[str]) -> None:

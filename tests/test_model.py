@@ -536,11 +536,13 @@ def test_an_encoder_comes_back_from_its_folder(
 ) -> None:
     """Weights, recipe with options and state, tokenizer: embeddings of both towers are bitwise the same."""
     encoder = shaken(build(row, layers=2, lora=lora, answer_mask="same"))
+    encoder.template, encoder.history_days = sections.Template(bill=3), 30
     encoder.save(tmp_path / "saved")
     loaded = model.UserEncoder.load(tmp_path / "saved", base=base if lora else None)
     batch, answers = tiny.users([3, 1, 5], query=tiny.QUERY), tiny.answers(["frozen pizza", "once"])
     assert torch.equal(loaded.embed(batch), encoder.embed(batch))
     assert torch.equal(loaded.embed(answers, "answer"), encoder.embed(answers, "answer"))
+    assert (loaded.template, loaded.history_days) == (encoder.template, encoder.history_days)
     assert loaded.recipe.options == encoder.recipe.options and loaded.recipe.name == encoder.recipe.name
     for name, tensor in encoder.recipe.state_dict().items():
         assert torch.equal(loaded.recipe.state_dict()[name], tensor), name
@@ -548,7 +550,7 @@ def test_an_encoder_comes_back_from_its_folder(
     assert loaded.tokenizer(text).input_ids == tiny.tokenizer()(text).input_ids
 
 
-def test_lora_saves_its_update_alone_and_needs_its_base(base: Path, tmp_path: Path) -> None:
+def test_lora_saves_its_update_alone(tmp_path: Path) -> None:
     encoder = shaken(build("ggsm", layers=2, lora=LORA))
     encoder.save(tmp_path / "saved")
     names = load_file(tmp_path / "saved" / "encoder.safetensors").keys()
@@ -558,8 +560,28 @@ def test_lora_saves_its_update_alone_and_needs_its_base(base: Path, tmp_path: Pa
     assert {
         f"recipe.{k}" for k in ("frozen_position", "frozen_segment", "frozen_mean", "previous_norms")
     } <= set(names)
-    with pytest.raises(model.EncoderError, match="base"):
-        model.UserEncoder.load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (None, "saved: holds LoRA weights only, and base is missing"),
+        ("nowhere", "base is .*nowhere, no folder; give the folder of its decoder"),
+        ("saved", "saved: missing or damaged"),
+        ("another", "another holds other weights than the decoder that saved was trained on"),
+    ],
+)
+def test_a_base_is_the_one_that_lora_was_trained_on(
+    given: str | None, said: str, base: Path, tmp_path: Path
+) -> None:
+    """A decoder of the same shape would load without a word and embed otherwise."""
+    shaken(build("ggsm", layers=2, lora=LORA)).save(tmp_path / "saved")
+    tiny.decoder(layers=2, seed=1).save_pretrained(tmp_path / "another")
+    with pytest.raises(model.EncoderError, match=said):
+        model.UserEncoder.load(tmp_path / "saved", base=given and tmp_path / given)
+    build("ggsm", layers=2).save(tmp_path / "whole")
+    with pytest.raises(model.EncoderError, match="whole has no LoRA; leave base out"):
+        model.UserEncoder.load(tmp_path / "whole", base=base)
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -614,13 +636,18 @@ def test_keys_that_do_not_fit_are_errors(
         shutil.copytree(tmp_path / "whole", folder)
         save_file(state, folder / "encoder.safetensors")
         with pytest.raises(model.EncoderError, match=expected):
-            model.UserEncoder.load(folder, base=base)
+            model.UserEncoder.load(folder, base=base if lora else None)
 
 
 DAMAGES: dict[str, tuple[str, Callable[[str], str], str]] = {
     "empty weights": ("encoder.safetensors", lambda _: "", ""),
     "cut weights": ("encoder.safetensors", lambda text: text[: len(text) // 2], ""),
     "no length": ("encoder.json", lambda text: text.replace('"max_length"', '"length"'), "max_length: "),
+    "an earlier version": (
+        "encoder.json",
+        lambda text: text.replace('"history_days"', '"days"'),
+        "history_days: ",
+    ),
     "length as text": ("encoder.json", lambda text: text.replace(": 64,", ': "64",', 1), "max_length: "),
     "half a description": ("encoder.json", lambda text: text[:60], "Invalid JSON"),
     "an unknown option": ("encoder.json", lambda text: text.replace(": {", ': {"x": 1', 1), "x: "),

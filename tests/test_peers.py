@@ -260,6 +260,7 @@ def declared(name: str, **template: object) -> SimpleNamespace:
     return SimpleNamespace(
         recipe=name,
         seed=0,
+        data=sections.Data(),
         template=sections.Template(max_user_tokens=tiny.LONGEST, **template),
         backbone=sections.Backbone(),
         lora=None,
@@ -356,6 +357,18 @@ def test_the_stage_embeds_the_probe_split_as_the_template_writes_it(tmp_path: Pa
     assert stored["embeddings"][3] == pytest.approx(
         system.embed([texts[int(stored["sample"][3])]])[0], abs=1e-4
     )
+
+
+def test_a_text_encoder_takes_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    placed: list[torch.device] = []
+    monkeypatch.setattr(
+        library.SentenceTransformer, "to", lambda self, place: placed.append(torch.device(place))
+    )
+    source = text_embeddings.folder_of("minilm", sections.TextModels())
+    text_embeddings.FrozenText("minilm", source, 32, lambda *_: None)
+    assert [place.type for place in placed] == ["cuda"]
 
 
 @pytest.mark.parametrize("name", ["qwen3_embedding", "kalm", "nemotron"])

@@ -89,12 +89,14 @@ BAD: dict[str, Row] = {
     checks.TOO_LATE: {"time": "2217-05-01T09:30-04:00"},
     checks.UNSORTED: {"time": "2017-01-01T00:00:01.5Z"},
     "amount: not finite": {"amount": float("nan")},
+    "amount: above 1e+12": {"amount": -2e12},
     "modality: not Enum": {"modality": "shop"},
     "modality: null": {"modality": None},
     "time: null away from tabular": {"time": None},
     "text: null or empty": {"text": " "},
     "user: null": {"user": None},
     "simulated: null": {"simulated": None},
+    "user: empty": {"user": " "},
 }
 
 
@@ -103,7 +105,7 @@ def spoilt() -> tuple[list[Row], dict[int, str]]:
     rows, where = good(), {}
     for kind, change in BAD.items():
         at = 13 + 3 * len(where)
-        before = next(row for row in reversed(rows[: at - 1]) if row["time"])
+        before = next(rows[i] for i in range(at - 2, 0, -1) if rows[i]["time"] and i not in where)
         rows.insert(at, before | {"modality": "bill"} | change)
         where[at] = kind
     rows.append(rows[-1])
@@ -271,6 +273,10 @@ def test_neither_the_input_nor_an_earlier_run_is_lost(tmp_path: Path, suffix: st
     content = file.read_bytes()
     with pytest.raises(EventError, match=r"--out: .* is the input"):
         readers.read(file, file, salt=SALT, skip_bad=True)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(EventError, match=r"--out: .*folder is a folder"):
+        readers.read(file, tmp_path / "folder", salt=SALT)
+    (tmp_path / "folder").rmdir()
     assert file.read_bytes() == content
     read(file, skip_bad=True)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -312,8 +318,11 @@ def test_a_missing_column_is_named(tmp_path: Path, suffix: str, column: str) -> 
 
 def test_zone_and_end_are_checked(tmp_path: Path) -> None:
     file = write([event(1, "2017-05-01T09:30", "bill")], tmp_path / "events.csv")
-    with pytest.raises(EventError, match="Mars"):
-        read(file, zone="Mars/Olympus")
+    for zone in ("Mars/Olympus", "", " ", "localtime", "Factory", "Europe", "+02:00", "../UTC"):
+        with pytest.raises(
+            EventError, match=f"zone: {zone!r} is unknown; give a name such as".replace("+", r"\+")
+        ):
+            read(file, zone=zone)
     with pytest.raises(EventError, match="no zone"):
         read(file, end=datetime(2017, 5, 1))
     end = datetime(2017, 5, 1, 13, 30, tzinfo=UTC)
@@ -335,6 +344,9 @@ def test_the_command_line(
     monkeypatch.setenv(privacy.SALT, SALT)
     assert readers.main(command) == 1 and not out.exists()
     assert f"{len(where)} of {len(rows)} rows" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        readers.main([*command, "--end", "2017-02-30"])
+    assert "--end: '2017-02-30' is no moment; write it as 2017-12-31T" in capsys.readouterr().err
     assert readers.main([*command, "--skip-bad"]) == 0
     assert f"{len(rows) - len(where)} events written" in capsys.readouterr().out
     assert privacy.pseudonym("customer-0", SALT) in set(pl.read_parquet(out)["user"])

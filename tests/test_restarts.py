@@ -62,6 +62,17 @@ def test_the_last_k_are_kept_and_an_abandoned_folder_is_cleared(tmp_path: Path) 
     assert latest is not None and int(latest["step"]) == 3
 
 
+def test_a_folder_set_aside_is_no_checkpoint(tmp_path: Path) -> None:
+    store = checkpoints.Store(tmp_path, 1, IDENTITY)
+    store.save(1, state(1))
+    for name in ("step-20.old", "step-", "step-2 (copy)"):
+        (tmp_path / name).mkdir()
+    store.save(2, state(2))
+    latest = store.latest()
+    assert latest is not None and int(latest["step"]) == 2
+    assert (tmp_path / "step-20.old").is_dir() and not (tmp_path / "step-1").exists()
+
+
 @pytest.mark.parametrize("damage", ["cut", "bit", "no manifest", "half a manifest", "no list", "empty"])
 def test_a_torn_checkpoint_is_named_and_the_one_before_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str

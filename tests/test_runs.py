@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,12 +12,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from toygraph import Toy, small
 
-from ggsm_core import params, provenance, runs, sections, stages
-from ggsm_core.jobs import disk_message
+from ggsm_core import params, provenance, runs, sections, stages, worker
+from ggsm_core.jobs import disk_message, exit_status, explain
 from ggsm_core.runs import SCRATCH, DamagedRun, Run, Store, UndeclaredRun
 from ggsm_core.scheduler import JobFailed
 from ggsm_core.stages import UnknownRun
@@ -184,6 +186,42 @@ def test_a_half_written_folder_is_wiped_or_resumed(toy: Toy) -> None:
     assert not plan.store.partial(windows.name).exists()
 
 
+def test_a_file_takes_its_name_when_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
+    monkeypatch.setattr(Path, "replace", lambda self, target: synced.append(-1))
+    provenance.write_atomically(tmp_path / "one.json", "{}")
+    assert synced == [2, -1]
+
+
+@pytest.mark.parametrize("last", ["before its name", "after its name"])
+def test_a_kill_while_a_run_is_finished_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    store = Store(tmp_path)
+    partial, folder = store.begin("one", {}, resume=True), store.folder("one")
+    (partial / SCRATCH / "step-1").mkdir(parents=True)
+    (partial / SCRATCH / "step-1" / "state").write_text("weights")
+
+    replace = Path.replace
+
+    def killed(self: Path, target: str = "", **more: object) -> None:
+        if self == (partial if last == "before its name" else folder / SCRATCH):
+            raise KeyboardInterrupt
+        replace(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        patch.setattr(runs.shutil, "rmtree", killed)
+        store.finish("one", {})
+    if last == "before its name":
+        assert (partial / SCRATCH / "step-1" / "state").exists() and store.find("one") is None
+        assert not (store.finish("one", {}).folder / SCRATCH).exists()
+    assert store.find("one", deep=True) == Run(folder)
+
+
 def test_a_stage_sees_what_it_declares_and_nothing_else() -> None:
     given = {"training": sections.Training().model_dump(), "lora": None}
     declared = Declared(
@@ -308,6 +346,57 @@ def test_the_store_lies_where_the_environment_says(tmp_path: Path, monkeypatch: 
     assert Run(tmp_path / "x").name == "x"
 
 
+@pytest.mark.parametrize(
+    ("given", "folder"), [("there", provenance.ROOT / "there"), ("~/there", Path.home() / "there")]
+)
+def test_a_folder_of_the_environment_is_one_wherever_a_process_runs(
+    given: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GGSM_RUNS", given)
+    assert Store().root == folder.resolve()
+
+
+def test_a_variable_that_nothing_reads_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GGSM_RUN", "/elsewhere")
+    assert stages.main(["verify"]) == 1
+    assert re.search(r"^GGSM_RUN: .*unknown.*GGSM_RUNS", capsys.readouterr().err)
+
+
+def test_every_variable_of_ours_is_known() -> None:
+    sources = "".join(path.read_text() for path in Path(runs.__file__).parent.rglob("*.py"))
+    assert set(re.findall(r"\bGGSM_[A-Z_]+", sources)) - {"GGSM_"} == set(provenance.VARIABLES)
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"), [("4,2", 4), ("3", 3), ("", 5), ("0", 5), ("many", 5), (None, 5)]
+)
+def test_the_threads_of_a_run_are_told_whatever_the_environment_holds(
+    given: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "cores", lambda: 5)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert provenance.threads() == threads
+
+
+def test_a_full_gpu_is_said_plainly(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    def work() -> int:
+        raise torch.OutOfMemoryError("Tried to allocate 20 GiB")
+
+    assert exit_status(work) == 1
+    in_a_child, complete = explain(torch.OutOfMemoryError("Tried to allocate 20 GiB"), Path("runs"))
+    assert complete
+    for told in (in_a_child, capsys.readouterr().err):
+        assert all(words in told for words in ("training.micro_batch", "make gpu-check", "20 GiB"))
+    assert not explain(RuntimeError("mat1 and mat2 shapes"), Path("runs"))[1]
+
+
 DISTRIBUTED = """
 import sys
 from ggsm_core.worker import together
@@ -317,13 +406,13 @@ sys.stdout.write(f"has {run.name}\\n")  # in one piece: two processes share the 
 """
 
 
-def launch(toy: Toy, *launcher: str) -> subprocess.CompletedProcess[str]:
+def launch(toy: Toy, *launcher: str, **more: str) -> subprocess.CompletedProcess[str]:
     (toy.folder / "main.py").write_text(DISTRIBUTED)
     (toy.folder / "toy.yaml").write_text(json.dumps(small().model_dump(mode="json")))
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(toy.folder), *sys.path]), "GGSM_RUNS": str(toy.folder / "runs"),
         "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+    } | more  # fmt: skip
     command = [sys.executable, *launcher, str(toy.folder / "main.py"), str(toy.folder / "toy.yaml")]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
 
@@ -360,6 +449,24 @@ def test_a_distributed_launch_whose_first_process_fails_ends(toy: Toy) -> None:
 def test_one_process_needs_no_launcher(toy: Toy) -> None:
     finished = launch(toy)
     assert finished.returncode == 0 and "has contrast-ggsm-s0" in finished.stdout, finished.stderr
+    again = launch(toy, GGSM_PROFILE_TRACE=str(toy.folder / "trace"))
+    assert again.returncode == 1
+    assert re.search(r"--profile-trace: contrast ggsm s0 is whole.*remove .*/contrast-ggsm-s0", again.stderr)
+
+
+@pytest.mark.parametrize("source", ["random", "shuffled", "position"])
+def test_a_control_that_each_process_would_draw_is_refused_for_several(
+    source: str, toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes = small().recipes.model_dump() | {"ggsm": {"source": source}}
+    (toy.folder / "toy.yaml").write_text(json.dumps(small(recipes=recipes).model_dump(mode="json")))
+    monkeypatch.setenv("GGSM_RUNS", str(toy.folder / "runs"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told: dict[str, str] = {}
+    monkeypatch.setattr(worker.rendezvous, "gate", lambda: SimpleNamespace(set=told.__setitem__))
+    with pytest.raises(worker.Refused, match=rf"contrast ggsm s0: source: {source} .*one process"):
+        worker.together(toy.folder / "toy.yaml", "contrast", "ggsm", graph=toy.graph)
+    assert told == {"verdict": "failed"}  # nobody waits for ever
 
 
 def test_the_command_verify_compares_contents(

@@ -57,13 +57,16 @@ def test_what_is_not_spread_stays_as_it_is() -> None:
     assert sharding.whole(tensor) is tensor and sharding.spread_like(tensor, torch.ones(3)) is tensor
 
 
-def test_a_frozen_tower_is_refused_under_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would be a copy of a part of the weights."""
+@pytest.mark.parametrize(("option", "value"), [("freeze", "tower"), ("source", "attention")])
+def test_what_needs_the_whole_encoder_is_refused_under_fsdp2(
+    option: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process has a part of the weights."""
     monkeypatch.setattr(training.Accelerator, "is_fsdp2", True)
     monkeypatch.setattr(training.Accelerator, "prepare", lambda self, *args: args)
-    used = tiny.encoder("ggsm", freeze="tower")
+    used = tiny.encoder("ggsm", **{option: value})
     params = SimpleNamespace(
         training=sharded_worker.test_training.settings().training, options=used.recipe.options, seed=0
     )
-    with pytest.raises(training.TrainingError, match=r"freeze: tower.*DDP"):
+    with pytest.raises(training.TrainingError, match=rf"{option}: {value}.*DDP"):
         training.Trainer(used, None, params)  # type: ignore[arg-type]

@@ -480,7 +480,7 @@ def plan(tmp_path: Path, **more: object) -> Plan:
 def test_a_profile_without_synthesis_has_no_run_of_it(tmp_path: Path) -> None:
     labels = [stage for stage in GRAPH.stages if plan(tmp_path).of_stage(stage)]
     assert not {"llm", "synthesis", "mix"} & set(labels)
-    assert set(plan(tmp_path).node("tokens").inputs) == {"windows", "pairs", "texts", "pretrain"}
+    assert set(plan(tmp_path).node("tokens").inputs) == {"windows", "pairs", "pretrain"}
     with pytest.raises(UnknownRun, match="synthesis"):
         plan(tmp_path).node("synthesis")
 

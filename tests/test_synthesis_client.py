@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ from hypothesis import strategies as st
 from llmserver import COMPLETION, KEY, PROMPT, Act, Server, serving
 from pydantic import BaseModel, ConfigDict
 
-from ggsm_core.synthesis.budget import Budget, BudgetExceeded, Prices
-from ggsm_core.synthesis.cache import Cache
+from ggsm_core.synthesis.budget import Budget, BudgetExceeded, DamagedLedger, Prices
+from ggsm_core.synthesis.cache import Answer, Cache, DamagedAnswer
 from ggsm_core.synthesis.client import (
     LLM,
     MissingAddress,
     Model,
     Patience,
     Question,
+    Reply,
+    Schema,
     ServerFailed,
     from_environment,
 )
@@ -43,15 +46,23 @@ def question(text: str = "Say a word.", seed: int = 0) -> Question[Word]:
     return Question([{"role": "user", "content": text}], Word, 16, seed)
 
 
+TINY = Model("tiny", temperature=0.5, top_p=1.0)
+
+
 def llm(server: Server, folder: Path, budget: Budget | None = None, **patience: Any) -> LLM:
     chosen: dict[str, Any] = {"timeout": 5.0, "retries": 3, "backoff": 0.01, "attempts": 2, "concurrency": 1}
     return LLM(
         server.client(),
-        Model("tiny", temperature=0.5),
+        TINY,
         Cache(folder / "cache"),
         budget or Budget(folder / "ledger.jsonl"),
         Patience(**chosen | patience),
     )
+
+
+def ask(of: LLM, asked: Question[Schema]) -> Reply[Schema]:
+    (reply,) = of.ask_all([asked])
+    return reply
 
 
 def files(folder: Path) -> str:
@@ -60,8 +71,8 @@ def files(folder: Path) -> str:
 
 def test_an_answer_is_asked_for_by_schema_and_paid_for_once(tmp_path: Path) -> None:
     with serving(lambda number, body: Act()) as server:
-        first = llm(server, tmp_path).ask(question())
-        again = llm(server, tmp_path).ask(question())
+        first = ask(llm(server, tmp_path), question())
+        again = ask(llm(server, tmp_path), question())
     assert first.value == again.value == Word(word="yes")
     assert (first.calls, first.cached, again.calls, again.cached) == (1, 0, 0, 1)
     assert len(server.requests) == 1
@@ -77,17 +88,17 @@ def test_an_answer_is_asked_for_by_schema_and_paid_for_once(tmp_path: Path) -> N
         {"seed": 1},
         {"schema": type("Other", (Word,), {})},
         {"max_tokens": 17},
-        {"model": Model("large", temperature=0.5)},
-        {"model": Model("tiny", "other weights", temperature=0.5)},
-        {"model": Model("tiny", temperature=0.6)},
-        {"model": Model("tiny", temperature=0.5, top_p=0.9)},
+        {"model": replace(TINY, name="large")},
+        {"model": replace(TINY, version="other weights")},
+        {"model": replace(TINY, temperature=0.6)},
+        {"model": replace(TINY, top_p=0.9)},
     ],
     ids=str,
 )
 def test_whatever_matters_makes_another_question(tmp_path: Path, change: dict[str, Any]) -> None:
     with serving(lambda number, body: Act()) as server:
         plain = llm(server, tmp_path)
-        plain.ask(question())
+        ask(plain, question())
         plain.model = change.get("model", plain.model)
         text = change.get("text", "Say a word.")
         asked = Question(
@@ -96,7 +107,7 @@ def test_whatever_matters_makes_another_question(tmp_path: Path, change: dict[st
             change.get("max_tokens", 16),
             change.get("seed", 0),
         )
-        assert plain.ask(asked).cached == 0
+        assert ask(plain, asked).cached == 0
     assert len(server.requests) == 2
 
 
@@ -115,7 +126,7 @@ def test_whatever_matters_makes_another_question(tmp_path: Path, change: dict[st
 )
 def test_a_passing_trouble_is_tried_again_and_counted(tmp_path: Path, trouble: Act, name: str) -> None:
     with serving(lambda number, body: trouble if number < 2 else Act()) as server:
-        reply = llm(server, tmp_path, timeout=0.4 if trouble.wait else 5.0).ask(question())
+        reply = ask(llm(server, tmp_path, timeout=0.4 if trouble.wait else 5.0), question())
     assert reply.value == Word(word="yes") and reply.retries == {name: 2}
     assert len(server.requests) == 3 and reply.calls == 1
 
@@ -125,7 +136,7 @@ def test_trouble_without_end_is_an_error_after_a_bounded_number_of_tries(tmp_pat
         serving(lambda number, body: Act(status=500)) as server,
         pytest.raises(ServerFailed, match="HTTP 500 after 3 tries"),
     ):
-        llm(server, tmp_path, retries=2).ask(question())
+        ask(llm(server, tmp_path, retries=2), question())
     assert len(server.requests) == 3
 
 
@@ -134,14 +145,14 @@ def test_a_dead_server_is_an_error_that_costs_nothing(tmp_path: Path) -> None:
         pass
     budget = Budget(tmp_path / "ledger.jsonl", tokens=10_000)
     with pytest.raises(ServerFailed, match="no connection after 2 tries"):
-        llm(server, tmp_path, budget, retries=1).ask(question())
+        ask(llm(server, tmp_path, budget, retries=1), question())
     assert budget.tokens == 0
 
 
 def test_a_refusal_is_not_tried_again_and_its_words_are_not_repeated(tmp_path: Path) -> None:
     refusal = Act(status=401, body=f'{{"error": "bad key {KEY}"}}'.encode())
     with serving(lambda number, body: refusal) as server, pytest.raises(ServerFailed) as problem:
-        llm(server, tmp_path).ask(question())
+        ask(llm(server, tmp_path), question())
     assert "HTTP 401" in str(problem.value) and KEY not in str(problem.value)
     assert problem.value.__cause__ is None and len(server.requests) == 1
 
@@ -159,19 +170,19 @@ def test_a_refusal_is_not_tried_again_and_its_words_are_not_repeated(tmp_path: P
 )
 def test_a_malformed_answer_is_counted_asked_again_and_never_repaired(tmp_path: Path, text: str) -> None:
     with serving(lambda number, body: Act(text=text)) as server:
-        reply = llm(server, tmp_path, attempts=3).ask(question())
+        reply = ask(llm(server, tmp_path, attempts=3), question())
     assert reply.value is None and len(reply.failures) == 3
     assert all(failure.startswith("malformed") for failure in reply.failures)
     assert [request["seed"] for request in server.requests] == [0, 1, 2]
     assert reply.prompt_tokens == 3 * PROMPT  # it is paid for all the same
     with serving(lambda number, body: Act()) as server:
-        assert llm(server, tmp_path, attempts=3).ask(question()).cached == 3
+        assert ask(llm(server, tmp_path, attempts=3), question()).cached == 3
         assert not server.requests
 
 
 def test_an_answer_cut_at_its_limit_is_no_answer_even_where_it_parses(tmp_path: Path) -> None:
     with serving(lambda number, body: Act(finish="stop" if number else "length")) as server:
-        reply = llm(server, tmp_path).ask(question())
+        reply = ask(llm(server, tmp_path), question())
     assert reply.value == Word(word="yes") and len(server.requests) == 2
     assert [failure.split(":")[0] for failure in reply.failures] == ["cut at 16 tokens"]
 
@@ -317,6 +328,32 @@ def test_a_ledger_torn_by_a_crash_is_read_up_to_its_last_whole_line(tmp_path: Pa
     assert third.tokens == 25
 
 
+@pytest.mark.parametrize("line", ["{}", "5", "[1]", '{"ticket": 1', "\0\0", ""])
+def test_a_damaged_line_of_the_ledger_is_named(tmp_path: Path, line: str) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    first = Budget(ledger)
+    for _ in range(2):
+        first.reserve(5, 5)
+    _, last = ledger.read_text().splitlines()
+    ledger.write_text(f"{line}\n{last}\n")
+    with pytest.raises(DamagedLedger, match=rf"{ledger}, line 1: .*remove"):
+        Budget(ledger)
+    ledger.write_text(f"{last}\n")
+    second = Budget(ledger)
+    second.reserve(1, 1)
+    assert second.tokens == 12
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"answer": {}}', "{"])
+def test_a_damaged_file_of_the_cache_is_named(tmp_path: Path, content: str) -> None:
+    cache, asked = Cache(tmp_path), {"messages": ["Say a word."]}
+    cache.store(asked, Answer(text="yes", finished=True, prompt_tokens=1, completion_tokens=1))
+    (path,) = tmp_path.rglob("*.json")
+    path.write_text(content)
+    with pytest.raises(DamagedAnswer, match=rf"{path}: .*remove it"):
+        cache.find(asked)
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -354,10 +391,14 @@ def test_the_environment_must_say_where_the_server_is(monkeypatch: pytest.Monkey
     with pytest.raises(MissingAddress, match="OPENAI_BASE_URL") as problem:
         from_environment()
     assert KEY not in str(problem.value)
-    for address in ("localhost:8000/v1", "not a url", " http://127.0.0.1:9/v1"):
+    for address in (
+        "localhost:8000/v1", "not a url", " http://127.0.0.1:9/v1", "http://[::1", "http://h:port/v1", KEY,
+        f"http://user:{KEY}@h:port/v1",
+    ):  # fmt: skip
         monkeypatch.setenv("OPENAI_BASE_URL", address)
-        with pytest.raises(MissingAddress, match=r"OPENAI_BASE_URL: .*as http://"):
+        with pytest.raises(MissingAddress, match=r"OPENAI_BASE_URL: .*as http://") as problem:
             from_environment()
+        assert address not in str(problem.value) and KEY not in str(problem.value)
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "schlüssel")
     with pytest.raises(MissingAddress, match="OPENAI_API_KEY") as problem:

@@ -71,10 +71,11 @@ def test_the_real_server_answers_and_is_gone_afterwards(served: Path, tmp_path: 
     budget = Budget(tmp_path / "ledger.jsonl", tokens=5000)
     with server.serve(served, tmp_path / "server.log") as connected:
         port = connected.base_url.port
-        model = client.Model(server.MODEL, temperature=0.0)
-        llm = client.LLM(connected, model, Cache(tmp_path / "cache"), budget, client.Patience(timeout=300.0))
-        found = llm.ask(client.Question(messages, Reply, 40))
-        again = llm.ask(client.Question(messages, Reply, 40))
+        model = client.Model(server.MODEL, temperature=0.0, top_p=1.0)
+        patience = client.Patience(timeout=300.0, retries=5, attempts=2, concurrency=1)
+        llm = client.LLM(connected, model, Cache(tmp_path / "cache"), budget, patience)
+        asked = [client.Question(messages, Reply, 40)]
+        (found,), (again,) = llm.ask_all(asked), llm.ask_all(asked)
     assert isinstance(found.value, Reply) and found.completion_tokens <= 40 < found.prompt_tokens
     assert again.value == found.value and again.calls == 0
     assert budget.tokens == found.prompt_tokens + found.completion_tokens

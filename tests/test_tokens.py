@@ -136,3 +136,15 @@ def test_the_stage_knows_households_and_probes_without_a_query(tmp_path: Path) -
                 users[sample], tiny.tokenizer(), query, max_tokens=limits.max_user_tokens
             )
             assert same(found[row], expected)
+
+
+def test_samples_of_which_a_template_shows_nothing_are_counted(tmp_path: Path) -> None:
+    """With the counts that hide them, and what they have records of."""
+    texts = pl.DataFrame({"sample": [1, 2, 2], "modality": ["bill", "app", "app"], "text": ["a", "b", "c"]})
+    rest = {"rank": pl.int_range(pl.len()).over("sample", "modality"), "simulated": False}
+    numbers = {name: pl.lit(0.0) for name in template.NUMBERS}
+    texts.with_columns(**rest, **numbers).write_parquet(tmp_path / "records.parquet")
+    samples = pl.Series("sample", [1, 2, 2])
+    with pytest.raises(template.EmptyHistory, match=r"1 of 2 samples .* app: 0, .*raise .*records of: app$"):
+        tokens.read_users(tmp_path, samples, sections.Template(app=0))
+    assert sorted(tokens.read_users(tmp_path, samples, sections.Template(app=1))) == [1, 2]

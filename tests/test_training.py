@@ -82,6 +82,7 @@ def settings(recipe: str = "ggsm", *, lora: bool = False, seed: int = 0, **more:
         training=sections.Training(**(schedule | those(sections.Training))),
         objective=sections.Objective(**({"temperature": 0.5} | those(sections.Objective))),
         backbone=sections.Backbone(),
+        data=sections.Data(),
         template=sections.Template(max_user_tokens=tiny.LONGEST),
         lora=sections.Lora(rank=2, alpha=2) if lora else None,
     )
@@ -199,13 +200,16 @@ def test_the_stage_goes_on_where_it_was_cut_off(corpus: dict[str, Path], tmp_pat
         return progress
 
     given_ = settings("ggsm")
+    given_.data = sections.Data(history_days=60)
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     training.run(given_, corpus, tmp_path / "whole", until(math.inf))
     with pytest.raises(Cut):
         training.run(given_, corpus, tmp_path / "cut", until(3))
     training.run(given_, corpus, tmp_path / "cut", until(math.inf))
-    weights = [model.UserEncoder.load(tmp_path / name).state_dict() for name in ("whole", "cut")]
+    saved = [model.UserEncoder.load(tmp_path / name) for name in ("whole", "cut")]
+    assert (saved[0].template, saved[0].history_days) == (given_.template, 60)
+    weights = [one.state_dict() for one in saved]
     assert all(torch.equal(value.nan_to_num(), weights[1][k].nan_to_num()) for k, value in weights[0].items())
     lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(TOTAL))

@@ -27,6 +27,10 @@ DISCOUNTS = ("coupon discount", "loyalty discount")
 """Lines of a bill that nobody spends."""
 
 
+SYSTEM = "system.json"
+"""Beside a system's embeddings: name, dimension, fit_seconds, embed_seconds, how the fit went."""
+
+
 class BaselineError(ValueError):
     """A baseline that can't be fitted to what it is given."""
 

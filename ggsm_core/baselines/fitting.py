@@ -19,7 +19,7 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from ggsm_core.baselines.base import Baseline, BaselineError, Histories, Train, Users
+from ggsm_core.baselines.base import SYSTEM, Baseline, BaselineError, Histories, Train, Users
 from ggsm_core.baselines.visits import Batch, Visits, Vocabulary
 from ggsm_core.progress import Progress
 
@@ -119,11 +119,10 @@ def _batches(rows: Ints, size: int) -> list[Ints]:
 def learn(
     system: Baseline[Train, Users], train: Train, users: Callable[[], tuple[Ints, Users]], out: Path
 ) -> None:
-    """Fit, embed, and write embeddings.safetensors (embeddings Float32[n, k], sample) and system.json.
+    """Fit, embed, and write embeddings.safetensors (embeddings Float32[n, k], sample) and ``SYSTEM``.
 
     ``users`` returns samples Int[n] and users; it is called after the fit, so that nothing of the probe split
     is in memory before that ends.
-    system.json: name, dimension, fit_seconds, embed_seconds, and how the fit went where there was one.
     """
     began = time.monotonic()
     system.fit(train)
@@ -138,7 +137,7 @@ def learn(
     save_file(
         {"embeddings": embeddings.astype(np.float32), "sample": samples}, out / "embeddings.safetensors"
     )
-    (out / "system.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    (out / SYSTEM).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
 
 @torch.inference_mode()

@@ -53,7 +53,7 @@ class FrozenText(Baseline[list[str], list[str]]):
         except ImportError:
             raise MissingModel(f"{name}: needs sentence-transformers: pip install -e .[dev]") from None
         try:
-            self._model = SentenceTransformer(source, trust_remote_code=False, device="cpu")
+            self._model = SentenceTransformer(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise MissingModel(
                 f"text_models.{name}: {source!r} can't be loaded ({str(error).splitlines()[0]}); give "

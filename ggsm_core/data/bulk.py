@@ -33,7 +33,7 @@ from ggsm_core.data.events import (
     EPOCH,
     SCHEMA,
     EventError,
-    apart,
+    apart_file,
     open_log,
     reading,
     stream,
@@ -70,14 +70,14 @@ def templates(events: pa.Table, *, anchor: date, history_days: int, template: se
 
 def local(events: Path, out: Path, **settings: Any) -> None:
     """``templates`` of a log sorted by user, in one process; ``settings`` are its keywords."""
-    apart(events, out)
+    apart_file(events, out)
     open_log(events, settings["anchor"], settings["history_days"])
     _write((templates(table, **settings) for table in whole_users(events)), out)
 
 
 def on_ray(events: Path, out: Path, **settings: Any) -> None:
     """The same under Ray Data: on the cluster that Ray is connected to, else on this machine."""
-    apart(events, out)
+    apart_file(events, out)
     open_log(events, settings["anchor"], settings["history_days"])
     with buckets_on_ray(events) as buckets:
         texts = buckets.map_groups(partial(templates, **settings), batch_format="pyarrow").sort("user")
@@ -151,6 +151,16 @@ def _write(tables: Iterable[pa.Table], out: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
+def day(text: str) -> date:
+    """A day of the command line."""
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no day of the calendar; write it as 2017-12-31"
+        ) from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -158,17 +168,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("events", type=Path, help="event log, Parquet; sorted by user for the engine local")
     parser.add_argument("--out", type=Path, required=True, help="Parquet with user and text")
-    parser.add_argument(
-        "--anchor", type=date.fromisoformat, required=True, help="history ends before this day"
-    )
-    parser.add_argument("--history-days", type=int, default=90)
-    parser.add_argument("--profile", type=Path, help="whose template; the default one without")
+    parser.add_argument("--anchor", type=day, required=True, help="history ends before this day")
+    parser.add_argument("--profile", type=Path, help="whose template and history; the default ones without")
+    parser.add_argument("--history-days", type=int, help="length of the history, instead of the profile's")
     parser.add_argument("--engine", choices=("local", "ray"), default="local")
     given = parser.parse_args(arguments)
     try:
-        template = params.load(given.profile).template if given.profile else sections.Template()
+        profile = params.load(given.profile) if given.profile else None
+        template, data = (
+            (profile.template, profile.data) if profile else (sections.Template(), sections.Data())
+        )
+        days = data.history_days if given.history_days is None else given.history_days
         run = {"local": local, "ray": on_ray}[given.engine]
-        run(given.events, given.out, anchor=given.anchor, history_days=given.history_days, template=template)
+        run(given.events, given.out, anchor=given.anchor, history_days=days, template=template)
     except (ValueError, OSError) as problem:
         print(problem, file=sys.stderr)
         return 1

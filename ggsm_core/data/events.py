@@ -65,13 +65,18 @@ HOLDS: dict[str, tuple[Any, ...]] = {
 """Types that a column's values may come in; of ``time`` a zone is asked too."""
 READERS = "`python -m ggsm_core.data.readers` makes a log of other files"
 NO_TIME = "time: null away from tabular"
+LARGEST = 1e12
+"""Of an amount, either way: sums stay finite, and what is larger is no number of money or things."""
 RULES = {
     "user: null": pl.col("user").is_null(),
+    "user: empty": pl.col("user").str.strip_chars() == "",
     "modality: null": pl.col("modality").is_null(),
     "text: null or empty": pl.col("text").is_null() | (pl.col("text").str.strip_chars() == ""),
     NO_TIME: pl.col("time").is_null() & (pl.col("modality") != "tabular"),
     "simulated: null": pl.col("simulated").is_null(),
     "amount: not finite": ~pl.col("amount").is_finite(),
+    f"amount: above {LARGEST:g} or below {-LARGEST:g}": pl.col("amount").is_finite()
+    & (pl.col("amount").abs() > LARGEST),
 }
 """What no row may be, by the name that errors give it."""
 DAY = (pl.col("time").dt.date() - EPOCH).dt.total_days().cast(pl.Int32)
@@ -120,6 +125,13 @@ def apart(source: Path, out: Path) -> None:
         raise EventError(f"--out: {out} is the input, or within it; give another --out")
 
 
+def apart_file(source: Path, out: Path) -> None:
+    """``apart``, for an ``out`` that is to be a file: ``EventError`` before the work if it is a folder."""
+    apart(source, out)
+    if out.is_dir():
+        raise EventError(f"--out: {out} is a folder; give a file, new or to be replaced")
+
+
 @contextmanager
 def reading(path: Path, advice: str = READERS) -> Iterator[None]:
     """What reading a file that is no Parquet raises, as ``EventError``."""
@@ -162,7 +174,7 @@ def open_log(path: Path, anchor: date | None, history_days: int) -> pl.LazyFrame
                 if end is not None:
                     raise EventError(
                         f"anchor, history_days: not one event lies in the window, {first} to {last}; "
-                        f"{path} has {start} to {end}, so give another anchor or a longer history"
+                        f"{path} has {start} to {end}, so give another anchor"
                     )
     return log
 

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from zoneinfo import ZoneInfo
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -31,12 +31,13 @@ from ggsm_core.data import privacy
 from ggsm_core.data.checks import DUPLICATE, TOO_LATE, UNSORTED, Order, clock
 from ggsm_core.data.events import (
     CODES,
+    EPOCH,
     HOLDS,
     NO_TIME,
     SCHEMA,
     EventError,
     Report,
-    apart,
+    apart_file,
     flagged,
     judge_columns,
     reading,
@@ -93,14 +94,12 @@ def read(
     """
     rejections = out.with_name(f"{out.name}.rejected.csv")
     for written in (out, rejections):
-        apart(file, written)
+        apart_file(file, written)
+    if zone is not None:
+        _judge_zone(zone)
     rows, end = _rows(file), end or datetime.now(UTC)
     if end.tzinfo is None:
         raise EventError(f"end: {end} has no zone; write an offset, as in 2017-12-31T00:00-05:00")
-    try:
-        ZoneInfo(zone or "UTC")
-    except (ZoneInfoNotFoundError, ValueError):
-        raise EventError(f"zone: {zone!r} is unknown; give a name such as Europe/Berlin") from None
     report, order, writer = Report(), Order(), None
     partial = out.with_name(f".{out.name}.partial")
     rejected = _Rejected(rejections) if skip_bad else None
@@ -135,6 +134,15 @@ def read(
         if rejected is not None:
             rejected.close()
     return report
+
+
+def _judge_zone(zone: str) -> None:
+    """Raises ``EventError`` for what Python or polars, each with a list of its own, can't take for a zone."""
+    try:
+        ZoneInfo(zone)
+        pl.select(pl.lit(EPOCH, pl.Datetime("us")).dt.replace_time_zone(zone))
+    except Exception as error:  # of each library, and of the folders that one of them reads
+        raise EventError(f"zone: {zone!r} is unknown; give a name such as Europe/Berlin") from error
 
 
 def _rows(file: Path) -> Iterator[pl.DataFrame]:
@@ -264,6 +272,16 @@ class _Rejected:
         self._partial.unlink(missing_ok=True)
 
 
+def _moment(text: str) -> datetime:
+    """A moment of the command line."""
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no moment; write it as 2017-12-31T00:00-05:00"
+        ) from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -273,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help=".parquet, .csv, .jsonl or .ndjson")
     parser.add_argument("--out", type=Path, required=True, help="the log, Parquet")
     parser.add_argument("--zone", help="of naive times, and of days and hours; as America/New_York")
-    parser.add_argument("--end", type=datetime.fromisoformat, help="no event is from then or later; now")
+    parser.add_argument("--end", type=_moment, help="no event is from then or later; now")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, into OUT.rejected.csv")
     parser.add_argument(
         "--public", action="store_true", help=f"users are no secret: {privacy.SALT} may be missing"

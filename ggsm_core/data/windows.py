@@ -19,10 +19,9 @@ from ggsm_core.data import complete_journey, simulate, tasks
 from ggsm_core.data.events import DAY, validate
 from ggsm_core.progress import Progress
 from ggsm_core.template import DAYS, MODALITIES, NUMBERS, Record, User
+from ggsm_core.template import KEPT as KEPT
 
 MIN_VISITS = 3
-KEPT = 64
-"""Records stored per modality and sample, the most important ones: more than any template shows."""
 TOTALS = {
     "bill": "all purchases",
     "minipro": "all campaigns and coupons",

@@ -24,6 +24,10 @@ class BudgetExceeded(ValueError):
     """The next request could pass the limit, so it was not sent."""
 
 
+class DamagedLedger(ValueError):
+    """What was spent can't be read."""
+
+
 @dataclass(frozen=True)
 class Prices:
     """Dollars for a million tokens."""
@@ -59,9 +63,15 @@ class Budget:
             return
         whole = self._ledger.read_bytes()
         end = whole.rfind(b"\n") + 1  # a line without end was being written when the process died
-        for line in whole[:end].splitlines():
-            entry = json.loads(line)
-            self._entries[entry["ticket"]] = (entry["prompt"], entry["completion"])
+        for number, line in enumerate(whole[:end].splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+                self._entries[entry["ticket"]] = (entry["prompt"], entry["completion"])
+            except (ValueError, KeyError, TypeError) as problem:
+                raise DamagedLedger(
+                    f"{self._ledger}, line {number}: tells no spending ({type(problem).__name__}); mend the "
+                    "line, or remove it: what it stood for then counts as unspent"
+                ) from None
         if end < len(whole):
             with self._ledger.open("r+b") as file:
                 file.truncate(end)
@@ -91,7 +101,7 @@ class Budget:
                     f"synthesis.budget_dollars: {self.limit_dollars:.4f} allowed, {self.dollars:.4f} spent, "
                     f"and the next request may cost {price:.4f}; {GO_ON}"
                 )
-            ticket = len(self._entries)
+            ticket = max(self._entries, default=-1) + 1  # not their number: a line may have been taken out
             self._write(ticket, prompt_tokens, completion_tokens)
             return ticket
 

@@ -11,6 +11,10 @@ from pydantic import BaseModel, ConfigDict
 from ggsm_core.provenance import digest, write_atomically
 
 
+class DamagedAnswer(ValueError):
+    """A file of the cache that can't be read."""
+
+
 class Answer(BaseModel):
     """What a server said once, and what it took."""
 
@@ -29,11 +33,17 @@ class Cache:
         self.folder = folder
 
     def find(self, question: dict[str, Any]) -> Answer | None:
-        """The stored answer, or None."""
+        """The stored answer, or None. Raises ``DamagedAnswer``."""
         path = self._path(question)
         if not path.is_file():
             return None
-        return Answer.model_validate(json.loads(path.read_text(encoding="utf-8"))["answer"])
+        try:
+            return Answer.model_validate(json.loads(path.read_text(encoding="utf-8"))["answer"])
+        except (ValueError, KeyError, TypeError) as problem:
+            raise DamagedAnswer(
+                f"{path}: holds no answer ({type(problem).__name__}); remove it, and its question is asked "
+                "and paid for again"
+            ) from None
 
     def store(self, question: dict[str, Any], answer: Answer) -> None:
         """Keep an answer, with its question beside it for whoever looks."""

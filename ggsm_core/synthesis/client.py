@@ -51,20 +51,20 @@ class Model:
     """Which model, and how it is sampled. All of it belongs to a question's identity."""
 
     name: str
+    temperature: float
+    top_p: float
     version: str = ""  # of the weights, where the name does not say it all
-    temperature: float = 0.7
-    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
 class Patience:
     """How long and how often to try."""
 
-    timeout: float = 60.0  # seconds for one answer
-    retries: int = 5  # after a failure of the network or the server
+    timeout: float  # seconds for one answer
+    retries: int  # after a failure of the network or the server
+    attempts: int  # at an answer that follows the schema
+    concurrency: int  # questions under way at once
     backoff: float = 0.5  # seconds before the first retry, doubled each time
-    attempts: int = 2  # at an answer that follows the schema
-    concurrency: int = 4  # questions under way at once
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Question(Generic[Schema]):
 
 
 class LLM:
-    """Ask questions, one or many at once."""
+    """Ask questions, many at once."""
 
     def __init__(
         self,
@@ -99,28 +99,22 @@ class LLM:
         model: Model,
         cache: Cache,
         budget: Budget,
-        patience: Patience | None = None,
+        patience: Patience,
     ) -> None:
-        self.model, self.cache, self.budget = model, cache, budget
-        self.patience = patience or Patience()
+        self.model, self.cache, self.budget, self.patience = model, cache, budget, patience
         # Each try is reserved and counted here, so the library may not try again on its own.
         self._client = client.with_options(max_retries=0, timeout=self.patience.timeout)
         self._asking: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._stopped = threading.Event()
-
-    def ask(self, question: Question[Schema]) -> Reply[Schema]:
-        """The first answer that follows the schema, of at most ``attempts``.
-
-        Raises ``BudgetExceeded``, ``ServerFailed``.
-        """
-        return self.ask_all([question])[0]
 
     def ask_all(
         self, questions: Sequence[Question[Schema]], progress: Callable[[int, int], None] | None = None
     ) -> list[Reply[Schema]]:
         """The replies in the order of the questions, several under way at once.
 
-        After an error nothing new is sent; answers on their way still reach the cache, then it is raised.
+        Each holds the first answer that follows the schema, of at most ``attempts``. After an error
+        (``BudgetExceeded``, ``ServerFailed``) nothing new is sent; answers on their way still reach the
+        cache, then it is raised.
         """
         self._stopped.clear()
         replies: list[Reply[Schema]] = []
@@ -296,6 +290,15 @@ def _refused(problem: Exception) -> Exception:
     return problem
 
 
+def _is_address(given: str) -> bool:
+    try:
+        parts = urlsplit(given)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # half a pair of brackets, or a port that is no number
+        return False
+    return whole and given.isprintable() and " " not in given
+
+
 def from_environment() -> openai.OpenAI:
     """A client of the server that ``OPENAI_BASE_URL`` names, with the key in ``OPENAI_API_KEY``.
 
@@ -307,11 +310,9 @@ def from_environment() -> openai.OpenAI:
             f"synthesis.server: environment, and {' and '.join(lacking)} not set there; a server that wants "
             "no key takes any word"
         )
-    address = os.environ["OPENAI_BASE_URL"]
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname or address != address.strip():
-        raise MissingAddress(
-            f"OPENAI_BASE_URL: {address!r} is no address; give one as http://127.0.0.1:8000/v1"
+    if not _is_address(os.environ["OPENAI_BASE_URL"]):
+        raise MissingAddress(  # without the value, which may be a key or hold one
+            "OPENAI_BASE_URL: is set to no address; give one as http://127.0.0.1:8000/v1"
         )
     if not (key := os.environ["OPENAI_API_KEY"]).isascii() or not key.isprintable():
         raise MissingAddress("OPENAI_API_KEY: holds a character that no header may have; set it again")

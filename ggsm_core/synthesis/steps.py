@@ -18,7 +18,6 @@ A step whose file is there is not made again, and within a step no answer is ask
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ import numpy as np
 import polars as pl
 
 from ggsm_core.progress import Progress
-from ggsm_core.provenance import sha256, write_atomically
+from ggsm_core.provenance import named_folder, sha256, write_atomically
 from ggsm_core.synthesis import client, difficulty, history, prompts, questions, rules, scenarios, server
 from ggsm_core.synthesis.budget import Budget, Prices
 from ggsm_core.synthesis.cache import Cache
@@ -39,7 +38,8 @@ from ggsm_core.text_encoder import TextEncoder
 
 Rows = list[dict[str, Any]]
 CACHE = "GGSM_LLM_CACHE"
-"""Environment variable: a folder for answers that were paid for. Default: .llm beside the runs."""
+"""Environment variable: a folder for answers that were paid for. Default: .llm beside the runs.
+A relative one lies below the project's root (``provenance.named_folder``)."""
 PAIRS = pl.Schema(
     {
         "sample": pl.Int64(),
@@ -310,9 +310,7 @@ def language_model(settings: Any, served: Path | None, out: Path, cache: Path) -
     budget = Budget(
         out / "ledger.jsonl", tokens=settings.budget_tokens, dollars=settings.budget_dollars, prices=prices
     )
-    patience = client.Patience(
-        settings.timeout, settings.retries, attempts=settings.attempts, concurrency=settings.concurrency
-    )
+    patience = client.Patience(settings.timeout, settings.retries, settings.attempts, settings.concurrency)
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
     if served is None:
         model = client.Model(settings.model, **sampling)
@@ -320,7 +318,7 @@ def language_model(settings: Any, served: Path | None, out: Path, cache: Path) -
             yield client.LLM(connected, model, Cache(cache), budget, patience)
     else:
         weights = sha256(served / server.MODEL / "model.safetensors")
-        model = client.Model(server.MODEL, weights, **sampling)
+        model = client.Model(server.MODEL, version=weights, **sampling)
         with server.serve(served, out / "server.log") as connected:
             yield client.LLM(connected, model, Cache(cache), budget, patience)
 
@@ -332,7 +330,7 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
     first, second = draw(samples, settings)
     users = history.read(folder, [*first, *second], settings.records)
     known = history.catalogue(folder, samples.filter(pl.col("split") == "train")["sample"])
-    cache = Path(os.environ.get(CACHE) or out.parent / ".llm")
+    cache = named_folder(CACHE, out.parent / ".llm")
     with language_model(settings, inputs.get("llm"), out, cache) as llm:
         work = Synthesis(
             settings, llm, TextEncoder(), Checker(known, params.data.history_days), out, progress
