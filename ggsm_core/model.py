@@ -183,8 +183,10 @@ class UserEncoder(nn.Module):
             self.train(was_training)
 
     def attention_of_read_out(self, batch: Batch) -> Tensor:
-        """Float[B, L]: how much ``<USER>`` attends to each token under the causal mask, as gradient norms are
-        given: of mean 1 over a sequence's tokens; the mean over blocks and heads, which sums to 1, times n.
+        """Float[B, L]: how much ``<USER>`` attends to each of n tokens under the causal mask, as norms.
+
+        The mean over blocks and heads, which sums to 1, times n: of mean 1, so that a long sequence does not
+        have small weights.
         """
         hidden, valid = self.embed_tokens(batch), batch.valid
         bias = masks.additive_bias(masks.causal(valid), valid, _compute_dtype(hidden))

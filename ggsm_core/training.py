@@ -355,6 +355,9 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """All that a resume needs, as tensors. No random state: a draw is a function of (seed, step, row).
 
+        The controls that draw (``ablation``) are no such function; a profile whose checkpoints would lie
+        within their warm-up is refused.
+
         Under FSDP2 the processes gather it, so all must ask.
         """
         state = {f"encoder.{k}": v for k, v in self.encoder.trained_state().items()}

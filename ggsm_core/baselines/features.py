@@ -21,7 +21,7 @@ SYSTEMS: dict[str, tuple[type[Baseline[Histories, Histories]], Probe]] = {
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
     """Fit system ``params.name`` on the train split of run ``windows``, probe the rest.
 
-    Writes auc.csv and scores.parquet as stage ``probe`` does, on the same samples, folds and resamples.
+    Writes what stage ``probe`` does, on the same samples, folds and resamples.
     """
     if params.name not in SYSTEMS:
         raise ValueError(f"name: {params.name!r} is no baseline; allowed: {', '.join(SYSTEMS)}")

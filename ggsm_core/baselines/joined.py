@@ -19,7 +19,7 @@ from ggsm_core.progress import Progress
 
 
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
-    """Writes auc.csv and scores.parquet as stage ``probe`` does. Raises ``BaselineError``."""
+    """Writes what stage ``probe`` does. Raises ``BaselineError``."""
     (folder,) = (path for name, path in inputs.items() if name != "windows")
     windows, days = inputs["windows"], params.data.history_days
     progress(0, 1, f"{params.recipe}: features")
