@@ -145,7 +145,7 @@ def test_the_history_is_as_long_as_the_profiles(tmp_path: Path, more: list[str],
 def test_ray_writes_the_same_bytes(tmp_path: Path) -> None:
     """The real command in a process of its own; Ray gets the log in another order."""
     pytest.importorskip("ray")
-    events = log(200)
+    events = log(60)
     write(events, tmp_path / "sorted.parquet")
     write(events.sample(fraction=1, shuffle=True, seed=2), tmp_path / "shuffled.parquet")
     environment = os.environ | {"RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -155,4 +155,4 @@ def test_ray_writes_the_same_bytes(tmp_path: Path) -> None:
         done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "local").read_bytes() == (tmp_path / "ray").read_bytes()
-    assert pq.read_metadata(tmp_path / "ray").num_rows == 200
+    assert pq.read_metadata(tmp_path / "ray").num_rows == 60

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -322,12 +323,21 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             embed.embed(unknown, tmp_path / "events.parquet", tmp_path / "p")
 
 
+@pytest.fixture
+def ray() -> Iterator[Any]:
+    """One Ray for all calls of a test, since starting it takes longer than they do."""
+    ray = pytest.importorskip("ray")
+    ray.init(include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own
+@pytest.mark.usefixtures("ray")
 def test_ray_embeds_each_user_once_however_often_it_is_cut_off(tmp_path: Path) -> None:
     """Cut off after three shards; those stay as they are, and all rows are those of one machine."""
-    pytest.importorskip("ray")
-    events, used = log(40), encoder(features=384)  # MiniLM's, which every worker loads
+    events, used = log(20), encoder(features=384)  # MiniLM's, which every worker loads
     expected = run(tmp_path, events, encoder=used, texts=None)
     given = {"anchor": ANCHOR, "texts": None}
 
