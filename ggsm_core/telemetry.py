@@ -81,12 +81,10 @@ def training_flops(decoder: nn.Module, config: Any, tokens: int, length: float) 
     and not 6, since it needs no gradient of its own (as in ``cost``). A probe pass and GradCache's first pass
     are not counted, so both lower MFU: they are overhead.
     """
-    table = decoder.get_input_embeddings().weight  # type: ignore[operator]
-    weights = sum(
-        (6 if parameter.requires_grad else 4) * parameter.numel()
-        for parameter in decoder.parameters()
-        if parameter is not table
-    )
+    trained = sum(p.numel() for p in decoder.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in decoder.parameters() if not p.requires_grad)
+    table = config.vocab_size * config.hidden_size
+    weights = 6 * trained + 4 * frozen - (4 if frozen else 6) * table  # with LoRA the table is frozen too
     return tokens * (weights + 12 * config.num_hidden_layers * config.hidden_size * length)
 
 
