@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ggsm_core import evidence, verdicts
+from ggsm_core import evidence, params, verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,13 +47,19 @@ def test_every_make_target_named_is_there() -> None:
 
 
 def test_what_it_says_of_the_study_is_in_the_tables() -> None:
-    """The four numbers and the two verdicts under the picture."""
+    """The numbers and verdicts under the picture."""
     study = evidence.load("study")
     said = [float(number) for number in re.findall(r"\b0\.7\d\d\b", README)]
     masks = [row for row in study.profile.recipes.active if row in study.seeds]
     auc = verdicts.points(study, masks)
-    others = verdicts.points(study, ["oracle", "handmade"])
-    assert said == [round(float(value), 3) for value in (auc.min(), auc.max(), *others)]
+    others = verdicts.points(study, ["oracle", "cpc", "handmade"])
+    tuned = evidence.load("study_tuned")
+    paced = verdicts.points(tuned, masks)
+    numbers = (auc.min(), auc.max(), *others, paced.min(), paced.max(), *verdicts.points(tuned, ["cpc"]))
+    assert said == [round(float(value), 3) for value in numbers]
+    for one in (study, tuned):
+        peers = one.has(*params.PEERS)
+        assert peers[int(verdicts.points(one, peers).argmax())] == "cpc"
     assert (
         f"with {('', 'one', 'two', 'three', 'four', 'five')[min(study.seeds[m] for m in masks)]} seeds"
         in README
