@@ -38,6 +38,7 @@ from ggsm_core.data.events import (
     READERS,
     SCHEMA,
     EventError,
+    a_day,
     apart,
     apart_file,
     examine,
@@ -309,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, help="folder of the decoder, for an encoder with LoRA")
     parser.add_argument(
         "--anchor",
-        type=bulk.day,
+        type=a_day,
         help="history ends before this day; engine local: else the day after the last event",
     )
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")

@@ -186,14 +186,13 @@ class Evidence:
         if not path.is_file():
             return "No row was tuned: each has the learning rate that the profile gives it."
         trials, plain = pl.read_csv(path), params.Tuned()
-        chosen = trials.filter("chosen").select("row", "rate").iter_rows()
-        best = {row: params.Tuned(rate=rate) for row, rate in chosen}
+        best = dict(trials.filter("chosen").select("row", "rate").iter_rows())
         found = dict[str, list[str]]()
-        for row, pace in best.items():
-            moved = "the profile's own pace" if pace == plain else f"learning rate × {pace.rate:g}"
+        for row, rate in best.items():
+            moved = "the profile's own pace" if rate == plain.rate else f"learning rate × {rate:g}"
             found.setdefault(moved, []).append(row)
         rows = [*self.profile.recipes.active, *(row for row in self.profile.baselines if row in params.PEERS)]
-        without = [row for row, pace in best.items() if self.profile.tuned.get(row, plain) != pace]
+        without = [row for row, rate in best.items() if self.profile.tuned.get(row, plain).rate != rate]
         everyone = "all of them" if without == list(best) else ""
         untried = [row for row in rows if row not in best]
         return " ".join(

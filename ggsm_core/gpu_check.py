@@ -104,9 +104,9 @@ def _memory(profile: Profile, machine: Machine, processes: int) -> Line:
     needs = []
     try:
         for row in profile.trained:
-            work, training = cost.Work.of(profile, row, machine.config), profile.row(row).training
-            share = ceil(training.batch_size / processes)
-            rows = min(training.micro_batch or share, share)
+            work = cost.Work.of(profile, row, machine.config)
+            share = ceil(work.batch / processes)
+            rows = min(work.micro_batch or share, share)
             needs.append((work.states(processes) + rows * work.kept, row, rows, work))
     except cost.CostError as problem:
         return Line("memory", False, f"can't be told: {problem}")

@@ -246,7 +246,7 @@ class Profile(Section):
 
     def _check_batch(self, name: str, training: Training) -> None:
         """A batch takes a sample once: more samples than there can be would be refused hours later."""
-        most: dict[str, int | None] = {"data": None, "synthesis": None}
+        most: dict[str, int] = {}
         if self.data.households is not None:
             halved = self.data.protocol == "new_users"
             taught = ceil(self.data.households / (1 + halved))
@@ -254,7 +254,7 @@ class Profile(Section):
         if training.qa_share > 0 and self.synthesis is not None:
             most["synthesis"] = ceil(self.synthesis.scaled / self.synthesis.pairs_per_user)
         for source, samples in most.items():
-            if samples is not None and training.batch_size > samples:
+            if training.batch_size > samples:
                 raise ValueError(
                     f"{name}: training.batch_size = {training.batch_size}, and {source} gives {samples} "
                     "training samples at most; a batch takes each of them once"

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,9 +123,10 @@ def _train(
     with log.open("w" if first == 0 else "a", encoding="utf-8") as lines:
         for step in range(steps):
             loss = loss_of(pairs[np.arange(step * batch_size, (step + 1) * batch_size) % len(pairs)])
-            if not bool(torch.isfinite(loss)):
+            value = float(loss.detach())
+            if not isfinite(value):
                 raise Diverged(
-                    f"pretraining.learning_rate: the loss of step {first + step} is {loss.item()}; "
+                    f"pretraining.learning_rate: the loss of step {first + step} is {value}; "
                     f"a rate below {settings.learning_rate:g} may keep it finite"
                 )
             optimizer.zero_grad()
@@ -132,7 +134,7 @@ def _train(
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
-            value, seconds = float(loss.detach()), round(time.monotonic() - begin, 3)
+            seconds = round(time.monotonic() - begin, 3)
             lines.write(json.dumps({"step": first + step, "loss": value, "seconds": seconds}) + "\n")
             lines.flush()
             progress(first + step + 1, in_all, f"language model, loss {value:.3f}")

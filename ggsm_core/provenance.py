@@ -31,9 +31,11 @@ LIBRARIES = (
 """What computes. Another version of one of these is another result."""
 
 ROOT = Path(__file__).resolve().parents[1]
+TRACE = "GGSM_PROFILE_TRACE"
+"""Environment variable: the folder for a profiler's trace (``telemetry.tracing``)."""
 VARIABLES = (
     "GGSM_LLM_CACHE",
-    "GGSM_PROFILE_TRACE",
+    TRACE,
     "GGSM_READS",
     "GGSM_RENDEZVOUS_SECONDS",
     "GGSM_RUNS",

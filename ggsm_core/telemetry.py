@@ -95,7 +95,7 @@ def tracing(rank: int) -> Iterator[Any]:
     With GGSM_PROFILE_TRACE set (by ``--profile-trace FOLDER``) the profiler writes ``rank-N.json`` of a few
     steps into that folder, for chrome://tracing, Perfetto or TensorBoard.
     """
-    folder = os.environ.get("GGSM_PROFILE_TRACE")
+    folder = os.environ.get(provenance.TRACE)
     if not folder:
         yield lambda: None
         return

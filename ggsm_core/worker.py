@@ -32,7 +32,6 @@ from ggsm_core.stages import GRAPH, Graph, Node, Plan
 
 ONE_PROCESS = ("random", "shuffled", "position")
 """Controls (``ggsm_core.ablation``) that each process would make from its own share of the batch."""
-TRACE = "GGSM_PROFILE_TRACE"
 
 
 class Undeclared(AttributeError, ValueError):
@@ -216,7 +215,7 @@ def together(
                 store.begin(node.name, node.config, resume=node.stage.resumes)
                 tell("verdict", "compute")
                 run = _make(store, graph, node.name, node.config, context(plan, node), say, all_ready)
-            elif os.environ.get(TRACE):
+            elif os.environ.get(provenance.TRACE):
                 raise Refused(
                     f"--profile-trace: {node.title} is whole and trains no more; remove {run.folder} first, "
                     "or set GGSM_RUNS to another folder for the trace"
@@ -262,7 +261,7 @@ def command_line(stage: str, argv: list[str] | None = None) -> int:
     parser.add_argument("--profile-trace", type=Path, help="folder for a profiler's trace of a few steps")
     arguments = parser.parse_args(argv)
     if arguments.profile_trace is not None:
-        os.environ[TRACE] = str(arguments.profile_trace)
+        os.environ[provenance.TRACE] = str(arguments.profile_trace)
 
     def action() -> int:
         run = together(arguments.profile, stage, arguments.recipe, arguments.seed)

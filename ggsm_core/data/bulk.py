@@ -33,6 +33,7 @@ from ggsm_core.data.events import (
     EPOCH,
     SCHEMA,
     EventError,
+    a_day,
     apart_file,
     open_log,
     reading,
@@ -151,16 +152,6 @@ def _write(tables: Iterable[pa.Table], out: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-def day(text: str) -> date:
-    """A day of the command line."""
-    try:
-        return date.fromisoformat(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no day of the calendar; write it as 2017-12-31"
-        ) from None
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -168,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("events", type=Path, help="event log, Parquet; sorted by user for the engine local")
     parser.add_argument("--out", type=Path, required=True, help="Parquet with user and text")
-    parser.add_argument("--anchor", type=day, required=True, help="history ends before this day")
+    parser.add_argument("--anchor", type=a_day, required=True, help="history ends before this day")
     parser.add_argument("--profile", type=Path, help="whose template and history; the default ones without")
     parser.add_argument("--history-days", type=int, help="length of the history, instead of the profile's")
     parser.add_argument("--engine", choices=("local", "ray"), default="local")

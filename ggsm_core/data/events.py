@@ -16,12 +16,13 @@ Modality ``app`` holds visits: who has too few in a window is no sample. Amounts
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import polars as pl
 from polars.datatypes import FloatType, IntegerType
@@ -130,6 +131,25 @@ def apart_file(source: Path, out: Path) -> None:
     apart(source, out)
     if out.is_dir():
         raise EventError(f"--out: {out} is a folder; give a file, new or to be replaced")
+
+
+_When = TypeVar("_When", bound=date)
+
+
+def _option(kind: type[_When], what: str, example: str) -> Callable[[str], _When]:
+    """What reads an ISO 8601 ``kind`` off a command line, as the ``type`` of an argument."""
+
+    def read(text: str) -> _When:
+        try:
+            return kind.fromisoformat(text)
+        except ValueError:
+            raise ArgumentTypeError(f"{text!r} is no {what}; write it as {example}") from None
+
+    return read
+
+
+a_day = _option(date, "day of the calendar", "2017-12-31")
+a_moment = _option(datetime, "moment", "2017-12-31T00:00-05:00")
 
 
 @contextmanager

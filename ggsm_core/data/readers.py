@@ -37,6 +37,7 @@ from ggsm_core.data.events import (
     SCHEMA,
     EventError,
     Report,
+    a_moment,
     apart_file,
     flagged,
     judge_columns,
@@ -272,16 +273,6 @@ class _Rejected:
         self._partial.unlink(missing_ok=True)
 
 
-def _moment(text: str) -> datetime:
-    """A moment of the command line."""
-    try:
-        return datetime.fromisoformat(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no moment; write it as 2017-12-31T00:00-05:00"
-        ) from None
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -291,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help=".parquet, .csv, .jsonl or .ndjson")
     parser.add_argument("--out", type=Path, required=True, help="the log, Parquet")
     parser.add_argument("--zone", help="of naive times, and of days and hours; as America/New_York")
-    parser.add_argument("--end", type=_moment, help="no event is from then or later; now")
+    parser.add_argument("--end", type=a_moment, help="no event is from then or later; now")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, into OUT.rejected.csv")
     parser.add_argument(
         "--public", action="store_true", help=f"users are no secret: {privacy.SALT} may be missing"

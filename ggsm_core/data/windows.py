@@ -18,8 +18,7 @@ import polars as pl
 from ggsm_core.data import complete_journey, simulate, tasks
 from ggsm_core.data.events import DAY, validate
 from ggsm_core.progress import Progress
-from ggsm_core.template import DAYS, MODALITIES, NUMBERS, Record, User
-from ggsm_core.template import KEPT as KEPT
+from ggsm_core.template import DAYS, KEPT, MODALITIES, NUMBERS, Record, User
 
 MIN_VISITS = 3
 TOTALS = {

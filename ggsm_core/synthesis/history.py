@@ -16,7 +16,7 @@ from typing import Any
 import polars as pl
 
 from ggsm_core.data import windows
-from ggsm_core.template import MODALITIES, Record, describe
+from ggsm_core.template import KEPT, MODALITIES, Record, describe
 
 PLACES = "app"
 """The modality whose texts hold codes of places."""
@@ -47,7 +47,7 @@ def read(folder: Path, samples: Iterable[int], records: int) -> list[History]:
     table = pl.read_parquet(folder / "records.parquet").filter(pl.col("sample").is_in(wanted))
     shown, stored = (
         dict(windows.users(table, SimpleNamespace(**dict.fromkeys(MODALITIES, limit))))
-        for limit in (records, windows.KEPT)
+        for limit in (records, KEPT)
     )
     return [_history(sample, shown[sample].records, stored[sample].records) for sample in wanted]
 
