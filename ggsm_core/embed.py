@@ -262,6 +262,7 @@ class _Embedder:
         users = events.select(pl.col("user").unique().sort())
         samples = users.with_row_index("sample").select(pl.col("sample").cast(pl.Int64), "user")
         found = samples.with_columns(anchor=pl.lit(day, pl.Int32))
+        records = windows.history(events, found, self.history_days, breakdowns=self.encoder.breakdowns)
         encoded = {
             sample: encode_user(
                 user,
@@ -269,7 +270,7 @@ class _Embedder:
                 modality_input=template.modality_input,
                 max_tokens=template.max_user_tokens,
             )
-            for sample, user in windows.users(windows.history(events, found, self.history_days), template)
+            for sample, user in windows.users(records, template)
         }
         shown = np.zeros(len(users), np.int32)
         embeddings = np.full((len(users), self.encoder.hidden_size), np.nan, np.float32)

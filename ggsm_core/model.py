@@ -64,8 +64,8 @@ class UserEncoder(nn.Module):
         features: F, or None for plain text input without adapters.
         lora: train low-rank updates and the rows of the tags instead of the whole decoder.
         answer_mask: ``same`` (the recipe's own rule), ``causal`` or ``bidirectional`` for the answer tower.
-        template, history_days: how users became its sequences; saved with it, so that new users become them
-            alike.
+        template, history_days, breakdowns: how users became its sequences; saved with it, so that new users
+            become them alike.
         base: with LoRA, the digest of the decoder's weights that it is saved with; of ``decoder`` by default.
     """
 
@@ -82,6 +82,7 @@ class UserEncoder(nn.Module):
         answer_mask: AnswerMask = "same",
         template: Template | None = None,
         history_days: int | None = None,
+        breakdowns: bool = False,
         base: str | None = None,
     ) -> None:
         super().__init__()
@@ -94,7 +95,7 @@ class UserEncoder(nn.Module):
         self.recipe = recipe
         self.features = features
         self.answer_mask = answer_mask
-        self.template, self.history_days = template, history_days
+        self.template, self.history_days, self.breakdowns = template, history_days, breakdowns
         added = tokenizer.get_added_vocab()
         if lacking := [token for token in SPECIAL_TOKENS if token not in added]:
             raise EncoderError(f"tokenizer: {', '.join(lacking)} missing; add all of template.SPECIAL_TOKENS")
@@ -312,6 +313,7 @@ class UserEncoder(nn.Module):
             "answer_mask": self.answer_mask,
             "template": self.template.model_dump() if self.template is not None else None,
             "history_days": self.history_days,
+            "breakdowns": self.breakdowns,
             "base": self.base,
             "attention": self._base().config._attn_implementation,
         }
@@ -378,6 +380,7 @@ class UserEncoder(nn.Module):
             answer_mask=description.answer_mask,
             template=description.template,
             history_days=description.history_days,
+            breakdowns=description.breakdowns,
             base=description.base,
         )
         with _reading(folder / "encoder.safetensors") as file:
@@ -403,6 +406,7 @@ class _Description(BaseModel):
     answer_mask: AnswerMask
     template: Template | None
     history_days: PositiveInt | None
+    breakdowns: bool
     base: str | None
     attention: str
 

@@ -36,6 +36,9 @@ class Data(Section):
         None, "use only this many households, drawn with seed 0; null for all", "households", ge=40
     )
     history_days: int = field(90, "length of the history window [a - history, a)", "days", ge=1)
+    breakdowns: bool = field(
+        False, "tabular also holds purchases by group (department) and visits by part of the week"
+    )
     future_days: int = field(30, "length of the future window [a, a + future)", "days", ge=1)
     train_anchors: list[int] = field(
         [90, 120, 150, 180, 210], "anchor days of pre-training and training pairs", "days since 2017-01-01"

@@ -37,6 +37,7 @@ def build_encoder(params: Any, inputs: dict[str, Path]) -> UserEncoder:
         answer_mask=params.training.answer_mask,
         template=params.template,
         history_days=params.data.history_days,
+        breakdowns=params.data.breakdowns,
     )
     if encoder.adapters is not None and (inputs["pretrain"] / adapters.FILE).exists():
         encoder.adapters.load(inputs["pretrain"])  # a published decoder comes without

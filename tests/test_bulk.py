@@ -132,12 +132,12 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 )
 def test_the_history_is_as_long_as_the_profiles(tmp_path: Path, more: list[str], days: int) -> None:
     profile = tmp_path / "mine.yaml"
-    profile.write_text("{name: mine, data: {history_days: 30}}")
+    profile.write_text("{name: mine, data: {history_days: 30, breakdowns: true}}")
     out, expected = tmp_path / "texts", tmp_path / "expected"
     path = write(log(5), tmp_path / "log")
     more = [*more[:1], str(profile), *more[1:]] if more else []
     assert bulk.main([str(path), "--out", str(out), "--anchor", "2017-07-01", *more]) == 0
-    bulk.local(path, expected, **(SETTINGS | {"history_days": days}))
+    bulk.local(path, expected, **(SETTINGS | {"history_days": days, "breakdowns": bool(more)}))
     assert out.read_bytes() == expected.read_bytes()
 
 

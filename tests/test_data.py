@@ -115,7 +115,7 @@ def planted(user: str, day: int, seconds: int, modality: str) -> pl.DataFrame:
 
 
 def inputs(events: pl.DataFrame, sample: pl.DataFrame) -> tuple[pl.DataFrame, str]:
-    records = windows.history(events, sample, 90)
+    records = windows.history(events, sample, 90, breakdowns=True)
     return records, "".join(render(user) for _, user in windows.users(records, Template()))
 
 
@@ -190,6 +190,31 @@ def test_numbers_of_a_record(few: tuple[pl.DataFrame, pl.DataFrame]) -> None:
         expected[i] = pl.Series([float(expected[i])]).log1p()[0]
     assert found_numbers == pytest.approx(expected)
     assert records.filter(pl.col("text") == "active days").height == 1
+
+
+def test_breakdowns_add_up_and_change_nothing_else(few: tuple[pl.DataFrame, pl.DataFrame]) -> None:
+    events, found = few
+    plain, more = (windows.history(events, found, 90, breakdowns=on) for on in (False, True))
+    key = ["sample", "modality", "text"]
+    added = more.join(plain, on=key, how="anti")
+    assert_frame_equal(more.join(added, on=key, how="anti").drop("rank"), plain.drop("rank"))
+    assert set(added["modality"].cast(pl.String)) == {"tabular"}
+
+    inside = found.join(events.drop_nulls("time").with_columns(day=DAY), on="user").filter(
+        pl.col("day").is_between(pl.col("anchor") - 90, pl.col("anchor") - 1)
+    )
+    slow: dict[tuple[int, str], list[float]] = {}
+    for event in inside.to_dicts():
+        if event["modality"] == "bill" and event["text"].endswith(")"):
+            name, amount = f"all {event['text'].split('(')[-1][:-1]}", event["amount"]
+        elif event["modality"] == "app":
+            name, amount = f"visits on a {event['text'].split(' on a ')[-1]}", 0.0
+        else:
+            continue
+        slow.setdefault((event["sample"], name), []).append(amount)
+    assert len(slow) > 100
+    told = {(s, t): (n, a) for s, t, n, a in added.select("sample", "text", "count", "amount").iter_rows()}
+    assert told == {at: (len(found), pytest.approx(sum(found), abs=1e-5)) for at, found in slow.items()}
 
 
 def test_users_keep_the_most_important_records_oldest_first(few: tuple[pl.DataFrame, pl.DataFrame]) -> None:

@@ -69,19 +69,25 @@ def run(folder: Path, events: pl.DataFrame, name: str = "out", **more: Any) -> p
     return pl.read_parquet(folder / name)
 
 
-@pytest.mark.parametrize(("days", "without"), [(90, 1), (12, 13)])
-def test_each_user_has_the_embedding_of_its_own_history(tmp_path: Path, days: int, without: int) -> None:
-    """Against windows, template and encoder, one user at a time; the encoder says how long a history is."""
+@pytest.mark.parametrize(("days", "breakdowns", "without"), [(90, False, 1), (90, True, 1), (12, False, 13)])
+def test_each_user_has_the_embedding_of_its_own_history(
+    tmp_path: Path, days: int, breakdowns: bool, without: int
+) -> None:
+    """Against windows, template and encoder, one user at a time; the encoder says what a history is."""
     events, used = log(20), encoder(days)
+    used.breakdowns = breakdowns
     out = run(tmp_path, events, encoder=used)
     assert out["user"].to_list() == [f"u{i:05d}" for i in range(20)]
+    broken = 0
     whole = validate(events.with_columns(item=pl.lit(None, pl.String)))
     anchor = int((whole["time"].dt.date().max() - EPOCH).days) + 1  # type: ignore[operator]
     for row in out.rows(named=True):
         found = pl.DataFrame({"sample": [0], "user": [row["user"]], "anchor": [anchor]}).cast(
             {"anchor": pl.Int32}
         )
-        made = list(windows.users(windows.history(whole, found, days), used.template))
+        records = windows.history(whole, found, days, breakdowns=breakdowns)
+        broken += records["text"].str.starts_with("visits on a ").sum()
+        made = list(windows.users(records, used.template))
         if not made:
             assert row["records"] == 0 and row["embedding"] is None
             continue
@@ -91,6 +97,7 @@ def test_each_user_has_the_embedding_of_its_own_history(tmp_path: Path, days: in
         np.testing.assert_allclose(row["embedding"], used.embed(batch)[0].numpy(), atol=1e-5)
     nobody = out.filter(pl.col("records") == 0)["user"]
     assert "u00003" in nobody and len(nobody) == without
+    assert (broken > 0) == breakdowns
 
 
 def test_parts_do_not_matter(tmp_path: Path) -> None:

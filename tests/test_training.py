@@ -200,7 +200,7 @@ def test_the_stage_goes_on_where_it_was_cut_off(corpus: dict[str, Path], tmp_pat
         return progress
 
     given_ = settings("ggsm")
-    given_.data = sections.Data(history_days=60)
+    given_.data = sections.Data(history_days=60, breakdowns=True)
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     training.run(given_, corpus, tmp_path / "whole", until(math.inf))
@@ -208,7 +208,7 @@ def test_the_stage_goes_on_where_it_was_cut_off(corpus: dict[str, Path], tmp_pat
         training.run(given_, corpus, tmp_path / "cut", until(3))
     training.run(given_, corpus, tmp_path / "cut", until(math.inf))
     saved = [model.UserEncoder.load(tmp_path / name) for name in ("whole", "cut")]
-    assert (saved[0].template, saved[0].history_days) == (given_.template, 60)
+    assert (saved[0].template, saved[0].history_days, saved[0].breakdowns) == (given_.template, 60, True)
     weights = [one.state_dict() for one in saved]
     assert all(torch.equal(value.nan_to_num(), weights[1][k].nan_to_num()) for k, value in weights[0].items())
     lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 
 from ggsm_core.baselines.base import ACTS, Baseline, Histories, commonest, scatter, total
+from ggsm_core.data.windows import GROUP
 
 if TYPE_CHECKING:
     from ggsm_core.intervals import Floats
@@ -16,8 +17,6 @@ KEPT = {"bill": 48, "minipro": 8, "spm": 12, "app": 8, "search": 8}  # texts tha
 GROUPS = 16  # wider groups, named in brackets at the end of a text: "soft drinks (grocery)"
 FACTS = 32
 HOURS = 4  # length of an hour band
-
-GROUP = pl.col("text").str.extract(r"\(([^()]+)\)$").alias("group")
 
 
 class Handmade(Baseline[Histories, Histories]):
@@ -36,7 +35,7 @@ class Handmade(Baseline[Histories, Histories]):
         self.texts = {
             m: commonest(timed.filter(pl.col("modality") == m), "text", KEPT[m]) for m in self.channels
         }
-        bills = timed.filter(pl.col("modality") == "bill").with_columns(GROUP)
+        bills = timed.filter(pl.col("modality") == "bill").with_columns(group=GROUP)
         self.groups = commonest(bills, "group", GROUPS)
         self.facts = commonest(train.events.filter(pl.col("before").is_null()), "text", FACTS)
         return self
@@ -45,7 +44,7 @@ class Handmade(Baseline[Histories, Histories]):
         """Features Float[n, k]; k depends on what ``fit`` found, 262 for Complete Journey."""
         n, timed = len(users.samples), users.timed
         acts = timed.filter(pl.col("modality").is_in(ACTS))
-        bills = timed.filter(pl.col("modality") == "bill").with_columns(GROUP)
+        bills = timed.filter(pl.col("modality") == "bill").with_columns(group=GROUP)
         span = users.spans
         count = {s: (pl.col("before") <= d).sum().alias(f"count_{s}") for s, d in span.items()}
         amount = {s: total(d).alias(f"amount_{s}") for s, d in span.items()}

@@ -53,7 +53,14 @@ PARTITIONS = 16
 _OUT = pa.schema({"user": pa.large_string(), "text": pa.large_string()})
 
 
-def templates(events: pa.Table, *, anchor: date, history_days: int, template: sections.Template) -> pa.Table:
+def templates(
+    events: pa.Table,
+    *,
+    anchor: date,
+    history_days: int,
+    template: sections.Template,
+    breakdowns: bool = False,
+) -> pa.Table:
     """Each user's history before ``anchor`` as text: user, text (null without any record), sorted by user.
 
     ``events`` has the columns of ``events.SCHEMA`` and all events of each of its users. Pure: the same events
@@ -64,7 +71,8 @@ def templates(events: pa.Table, *, anchor: date, history_days: int, template: se
     day = pl.lit((anchor - EPOCH).days, pl.Int32)
     found = users.select(pl.col("sample").cast(pl.Int64), "user", anchor=day)
     texts: list[str | None] = [None] * len(users)
-    for sample, user in windows.users(windows.history(log, found, history_days), template):
+    records = windows.history(log, found, history_days, breakdowns=breakdowns)
+    for sample, user in windows.users(records, template):
         texts[sample] = render(user)
     return pa.table({"user": users["user"].to_list(), "text": texts}, _OUT)
 
@@ -171,7 +179,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         days = data.history_days if given.history_days is None else given.history_days
         run = {"local": local, "ray": on_ray}[given.engine]
-        run(given.events, given.out, anchor=given.anchor, history_days=days, template=template)
+        run(
+            given.events,
+            given.out,
+            anchor=given.anchor,
+            history_days=days,
+            template=template,
+            breakdowns=data.breakdowns,
+        )
     except (ValueError, OSError) as problem:
         print(problem, file=sys.stderr)
         return 1

@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from ggsm_core.data import complete_journey, simulate, tasks
-from ggsm_core.data.events import DAY, validate
+from ggsm_core.data.events import DAY, part_of_week, validate
 from ggsm_core.progress import Progress
 from ggsm_core.template import DAYS, KEPT, MODALITIES, NUMBERS, Record, User
 
@@ -32,6 +32,8 @@ TOTALS = {
 SUMMED = ("bill", "spm")
 """Modalities whose amounts are dollars, so that their sum over all kinds means something."""
 ACTIVE_DAYS = "active days"
+GROUP = pl.col("text").str.extract(r"\(([^()]+)\)$")
+"""The wider group of a purchase, in brackets at the end of its text: ``soft drinks (grocery)``."""
 
 
 class WindowError(ValueError):
@@ -88,19 +90,27 @@ def draw_households(found: pl.DataFrame, households: int | None) -> pl.DataFrame
     return found.filter(pl.col("user").is_in(drawn))
 
 
-def history(events: pl.DataFrame, found: pl.DataFrame, history_days: int) -> pl.DataFrame:
+def history(
+    events: pl.DataFrame, found: pl.DataFrame, history_days: int, *, breakdowns: bool = False
+) -> pl.DataFrame:
     """The records of every sample: its events of one modality and text, as one row with ``NUMBERS``.
 
     Columns: sample, modality, rank (0 = most important: most events, then largest amount), text, the
     ``NUMBERS``, amount, count, last_day, simulated. Modality ``tabular`` also gets a total for each modality
-    and the number of active days. At most ``KEPT`` a modality.
+    and the number of active days; with ``breakdowns``, purchases by group and visits by part of the week too.
+    At most ``KEPT`` a modality.
     """
     # Texts as ordered codes: the same groups in the same order as with strings, in half the time.
-    codes = pl.Enum(sorted({*events["text"].unique(), *TOTALS.values(), ACTIVE_DAYS}))
+    sums = _breakdowns(events) if breakdowns else events.clear()
+    texts = {*events["text"].unique(), *sums["text"].unique()}
+    codes = pl.Enum(sorted({*texts, *TOTALS.values(), ACTIVE_DAYS}))
     tabular = pl.lit("tabular", pl.Enum(MODALITIES))
     coded = events.with_columns(pl.col("text").cast(codes), day=DAY)
-    dated = coded.filter(pl.col("time").is_not_null()).select(
-        "user", "day", "modality", "text", pl.col("amount").fill_null(0.0), "simulated"
+    dated, broken = (
+        log.filter(pl.col("time").is_not_null()).select(
+            "user", "day", "modality", "text", pl.col("amount").fill_null(0.0), "simulated"
+        )
+        for log in (coded, sums.with_columns(pl.col("text").cast(codes), day=DAY))
     )
     active = (
         dated.filter(~pl.col("simulated"))
@@ -112,8 +122,8 @@ def history(events: pl.DataFrame, found: pl.DataFrame, history_days: int) -> pl.
         # Only days before the anchor pass this filter: everything below sees the history and nothing else.
         inside = pl.col("day").is_between(anchor - history_days, anchor - 1)
         who = group.select("sample", "user", "anchor").lazy()
-        kinds, days = pl.collect_all(
-            [_aggregate(who.join(log.lazy().filter(inside), on="user")) for log in (dated, active)]
+        kinds, *rest = pl.collect_all(
+            [_aggregate(who.join(log.lazy().filter(inside), on="user")) for log in (dated, active, broken)]
         )
         totals = kinds.group_by("sample", "modality").agg(
             pl.col("amount", "count", "count_30d", "count_7d").sum(),
@@ -126,7 +136,7 @@ def history(events: pl.DataFrame, found: pl.DataFrame, history_days: int) -> pl.
             amount=pl.when(pl.col("modality").is_in(SUMMED)).then("amount").otherwise(0.0),
             modality=tabular,
         )
-        parts += [kinds, totals.select(kinds.columns), days]
+        parts += [kinds, totals.select(kinds.columns), *rest]
     facts = (
         found.join(coded.filter(pl.col("time").is_null()).with_columns(amount=0.0), on="user")
         .group_by("sample", "modality", "text")
@@ -151,8 +161,8 @@ def history(events: pl.DataFrame, found: pl.DataFrame, history_days: int) -> pl.
             pl.col("text").cast(pl.String),
             log_amount=pl.col("amount").sign() * pl.col("amount").abs().log1p(),
             log_count=pl.col("count").log1p(),
-            days_since_last=pl.col("last") / DAYS,
-            days_since_first=pl.col("first") / DAYS,
+            days_since_last=pl.col("last") * _PER_DAY,
+            days_since_first=pl.col("first") * _PER_DAY,
             log_count_30d=pl.col("count_30d").log1p(),
             log_count_7d=pl.col("count_7d").log1p(),
             amount="amount",
@@ -165,6 +175,20 @@ def history(events: pl.DataFrame, found: pl.DataFrame, history_days: int) -> pl.
 
 
 _KIND = ("sample", "modality", "text")
+_PER_DAY = 1 / DAYS
+"""A product: polars' quotients differ in the last bit with their place in a chunk, and they order records."""
+
+
+def _breakdowns(events: pl.DataFrame) -> pl.DataFrame:
+    """Purchases once more under the name of their group, visits under that of their part of the week."""
+    log = events.lazy().filter(pl.col("time").is_not_null())
+    when = part_of_week(pl.col("time").dt.weekday(), pl.col("time").dt.hour())
+    bought = log.filter(pl.col("modality") == "bill").with_columns(text=pl.format("all {}", GROUP))
+    visits = log.filter(pl.col("modality") == "app").with_columns(
+        text=pl.format("visits on a {}", when), amount=0.0
+    )
+    both = pl.concat([bought.drop_nulls("text"), visits])
+    return both.with_columns(modality=pl.lit("tabular", pl.Enum(MODALITIES))).collect()
 
 
 def _aggregate(window: pl.LazyFrame) -> pl.LazyFrame:
@@ -264,7 +288,7 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
         every = every.with_columns(simulated=pl.lit(True))
     found = draw_households(every, data.households)
     progress(2, 4, f"{found.height:,} samples of {found['user'].n_unique():,} users")
-    records = history(events, found, data.history_days)
+    records = history(events, found, data.history_days, breakdowns=data.breakdowns)
     progress(3, 4, f"{records.height:,} records")
     tables = {
         "events": events.filter(pl.col("user").is_in(found["user"].unique().to_list())),
