@@ -28,6 +28,7 @@ PROFILES = (
     "ablation",
     "attempts",
     "study_wide",
+    "study_full",
     "study_tuned",
     "mixes",
 )

@@ -77,6 +77,7 @@ LOOKS = {
     "rfm": Look("#777777", "1", ":"),
     "handmade": Look("#444444", "*", ":"),
     "handmade_linear": Look("#444444", "+", "--"),
+    "handmade_128": Look("#444444", "|", "-."),
     "handmade+ggsm": Look("#8C510A", "X", ":"),
     "cpc": Look("#7A5195", "p", ":"),
     "coles": Look("#003F5C", "h", ":"),

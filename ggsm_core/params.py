@@ -49,7 +49,7 @@ RecipeName = Literal[
     "ggsm",
 ]
 RECIPE_NAMES: tuple[RecipeName, ...] = get_args(RecipeName)
-FEATURE_BASELINES = ("rfm", "handmade", "handmade_linear")
+FEATURE_BASELINES = ("rfm", "handmade", "handmade_linear", "handmade_128")
 SEQUENCE_BASELINES = ("cpc", "coles", "msdp", "one4all")
 LANGUAGE_BASELINES = ("found", "instructue")
 TEXT_BASELINES = ("minilm", "qwen3_embedding", "kalm", "nemotron")

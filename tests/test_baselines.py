@@ -140,6 +140,15 @@ def test_handmade_counts_what_it_says(tmp_path: Path) -> None:
     assert got == [*totals, 3, 60, 2, 2, 1, 16, *weekdays, *bands, 1]
 
 
+def test_handmade_128_turns_the_scaled_features_and_loses_nothing_where_they_are_few(tmp_path: Path) -> None:
+    train = Histories.read(write(tmp_path / "w", log()), "train", 90)
+    varied = SYSTEMS["handmade_linear"]().fit(train).embed(train).std(axis=0) > 1e-12
+    covariance = np.cov(SYSTEMS["handmade_128"]().fit(train).embed(train), rowvar=False, ddof=0)
+    variances = np.diag(covariance)
+    assert variances.sum() == pytest.approx(varied.sum())  # each feature had variance 1
+    assert (np.diff(variances) <= 1e-9).all() and np.abs(covariance - np.diag(variances)).max() < 1e-9
+
+
 def test_handmade_learns_its_columns_from_the_training_period_alone(tmp_path: Path) -> None:
     rows = log()
     before = features("handmade", write(tmp_path / "w", rows))

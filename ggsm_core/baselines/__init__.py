@@ -2,7 +2,7 @@
 
 | stage | systems | learn from |
 | --- | --- | --- |
-| ``features`` | rfm, handmade, handmade_linear | counts and sums of the history |
+| ``features`` | rfm, handmade, handmade_linear, handmade_128 | counts and sums of the history |
 | ``sequence`` | cpc, coles, msdp, one4all | visits of the history, as a sequence |
 | ``language`` | found, instructue | records and answers, as our own encoder does |
 | ``text_embeddings`` | minilm, qwen3_embedding, kalm, nemotron | nothing: frozen |

@@ -6,14 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from ggsm_core.baselines.base import Baseline, Histories
-from ggsm_core.baselines.handmade import Handmade, HandmadeLinear
+from ggsm_core.baselines.handmade import Handmade, Handmade128, HandmadeLinear
 from ggsm_core.baselines.rfm import Rfm
 from ggsm_core.evaluation import PROBES, Probe, evaluate
 from ggsm_core.progress import Progress
 
 SYSTEMS: dict[str, tuple[type[Baseline[Histories, Histories]], Probe]] = {
     system.name: (system, PROBES[probe])
-    for system, probe in ((Rfm, "linear"), (Handmade, "boosted"), (HandmadeLinear, "linear"))
+    for system, probe in (
+        (Rfm, "linear"),
+        (Handmade, "boosted"),
+        (HandmadeLinear, "linear"),
+        (Handmade128, "linear"),
+    )
 }
 """Name -> the system and the probe that suits it."""
 
