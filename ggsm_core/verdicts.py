@@ -22,7 +22,7 @@ from ggsm_core.comparison import NONE_SHOWN as NONE_SHOWN
 from ggsm_core.data.tasks import TASKS
 from ggsm_core.evidence import Evidence, EvidenceError
 from ggsm_core.intervals import Floats, two_sided
-from ggsm_core.params import UNSEEDED_BASELINES
+from ggsm_core.params import FEATURE_BASELINES, UNSEEDED_BASELINES
 
 Z = 1.959964
 """Standard errors from the middle of a normal 95 % interval to its end."""
@@ -126,6 +126,25 @@ def _on_one_seed(evidence: Evidence, row: str, reference: str, task: str) -> flo
             f"results/{evidence.name}: {row!r} and {reference!r} have no training seed in common"
         )
     return float(np.mean([one[seed] - other[seed] for seed in shared]))
+
+
+def tried(
+    evidence: Evidence, what: str, references: Sequence[str], *, like: Evidence | None = None
+) -> pl.DataFrame:
+    """``gaps`` of a profile's variants, or, where it has none, of all its learnt rows, to each reference.
+
+    Further columns: change (what a variant changes, else ``what``), tables, and ``Evidence.ended``.
+    """
+    variants = evidence.profile.variants.items()
+    parts = {row: {**v.options, **v.objective, **v.training}.items() for row, v in variants}
+    changes = {row: ", ".join(f"{key}: {value}" for key, value in part) for row, part in parts.items()}
+    rows = changes or {row: what for row in evidence.seeds if row not in FEATURE_BASELINES}
+    pairs = [(row, other) for other in references for row in rows if row != other]
+    table = gaps(evidence, pairs, like=like)
+    change = pl.col("row").replace_strict(rows, return_dtype=pl.String)
+    return table.with_columns(change=change, tables=pl.lit(evidence.name)).join(
+        evidence.ended(), on="row", how="left", maintain_order="left"
+    )
 
 
 def twins(evidence: Evidence, rows: Sequence[str]) -> dict[str, str]:

@@ -182,6 +182,25 @@ def test_the_family_is_what_was_asked_for(root: Path) -> None:
     assert verdicts.gaps(study, [("ggsm", "scheduler")]).is_empty()  # has no numbers
 
 
+def test_attempts_are_told_by_what_they_change(root: Path) -> None:
+    """Variants where a profile has some, else the rows that learn; one family over all references."""
+    published.publish(root, "attempts", {"bidirectional": 1, "no_margin": 1, "steps_400": 1, "handmade": 1})
+    rows = evidence.profile("attempts").variants
+    seen = verdicts.tried(evidence.load("attempts"), "", ("bidirectional", "handmade"))
+    change = dict(seen.select("row", "change").iter_rows())
+    assert change == {"no_margin": "margin: None", "steps_400": "total_steps: 400"} and change.keys() < {
+        *rows
+    }
+    assert len(seen) == 4 and set(seen["tables"]) == {"attempts"}
+    study = evidence.load("study")
+    learnt = verdicts.tried(study, "as it is", ("bidirectional", "handmade"))
+    pairs = [("ggsm", "bidirectional"), ("causal", "bidirectional")]
+    pairs += [(row, "handmade") for row in ("causal", "bidirectional", "ggsm")]
+    assert set(learnt.select("row", "reference").iter_rows()) == {*pairs}
+    same = verdicts.gaps(study, learnt.select("row", "reference").iter_rows())
+    assert learnt["p_holm"].to_list() == same["p_holm"].to_list() and set(learnt["change"]) == {"as it is"}
+
+
 def test_rows_that_cannot_be_told_apart_stand_together(root: Path) -> None:
     study = evidence.load("study")
     assert verdicts.groups(study, list(ROWS)) in (

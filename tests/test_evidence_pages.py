@@ -18,7 +18,7 @@ from ggsm_core import planted, provenance
 from ggsm_core.sections import Guidance
 
 matplotlib.use("agg")
-PAGES = ("11_does_the_gradient_matter", "15_the_study", "16_claims")
+PAGES = ("11_does_the_gradient_matter", "15_the_study", "16_claims", "17_earns_its_place")
 FEW = {
     "study": {"causal": 1, "bidirectional": 1, "ggsm": 2, "handmade": 1},
     "controls": {"ggsm": 2, "ggsm_embeddings_rank": 1, "ggsm_random": 1},
@@ -35,7 +35,10 @@ LEAST = {
     "controls": {"ggsm": 1},
     "ablation": {"bidirectional": 1, "ggsm": 1},
 }
-WHOLE = ("study", "study_new_users", "controls", "ablation", "study_tuned")
+WHOLE = (
+    *("study", "study_new_users", "controls", "ablation"),
+    *("attempts", "study_wide", "study_full", "study_tuned"),
+)
 
 
 whole = planted.experiment
