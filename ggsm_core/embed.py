@@ -267,6 +267,7 @@ class _Embedder:
             sample: encode_user(
                 user,
                 self.encoder.tokenizer,
+                template.query,
                 modality_input=template.modality_input,
                 max_tokens=template.max_user_tokens,
             )

@@ -95,7 +95,7 @@ def _check_lengths(pairs: pl.DataFrame, tokenizer: PreTrainedTokenizerFast, temp
     for answer in pairs["answer"].unique().sort():
         encode_answer(answer, tokenizer, max_tokens=template.max_answer_tokens)
     anyone = User({"bill": [Record("one record")]})
-    for query in pairs["query"].unique().sort():
+    for query in (*pairs["query"].unique().sort(), template.query):
         encode_user(anyone, tokenizer, query, max_tokens=template.max_user_tokens,
                     modality_input=template.modality_input)  # fmt: skip
 

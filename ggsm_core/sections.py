@@ -80,6 +80,9 @@ class Template(Section):
     app: int = field(6, "records kept", "records", ge=0, le=KEPT)
     search: int = field(4, "records kept", "records", ge=0, le=KEPT)
     tabular: int = field(10, "records kept", "records", ge=0, le=KEPT)
+    query: str | None = field(
+        None, "asked about every user who is embedded; training pairs bring their own; null for none"
+    )
     max_user_tokens: int = field(96, "user & query, at most", "tokens", ge=16)
     max_answer_tokens: int = field(32, "answer with <EOS>, at most", "tokens", ge=4)
 

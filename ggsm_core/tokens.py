@@ -211,7 +211,7 @@ def read_users(folder: Path, samples: pl.Series, template: Any) -> dict[int, Use
 
 
 def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> None:
-    """Stage ``tokens``: pairs as (user & query, answer), and the probe samples without query.
+    """Stage ``tokens``: pairs as (user & query, answer), and the probe samples with the template's query.
 
     Writes ``train_users``, ``train_answers`` (row i is pair i of ``pairs.parquet``) and ``probe_users``
     (row i is row i of ``probe.parquet``).
@@ -246,8 +246,8 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
         encode_answer(answer, tokenizer, max_tokens=limits.max_answer_tokens) for answer in pairs["answer"]
     )
     write(out, "train_answers", told(answers, len(pairs), "answers tokenised"))
-    without_query = (encode(sample, None) for sample in probe["sample"])
-    write(out, "probe_users", told(without_query, 2 * len(pairs), "probe samples tokenised"))
+    probed = (encode(sample, limits.query) for sample in probe["sample"])
+    write(out, "probe_users", told(probed, 2 * len(pairs), "probe samples tokenised"))
     household = samples.select("sample", "user")
     table = pairs.join(household, on="sample", how="left", maintain_order="left").select(
         "sample", "user", "granularity", "answer_id"

@@ -41,7 +41,8 @@ def test_the_made_up_file_is_what_its_generator_makes() -> None:
 def test_streamed_texts_are_those_of_each_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events = log()
     monkeypatch.setattr(bulk, "ROWS", 37)
-    bulk.local(write(events, tmp_path / "log"), tmp_path / "texts", **SETTINGS)
+    asked = Template(query="What next?")
+    bulk.local(write(events, tmp_path / "log"), tmp_path / "texts", **(SETTINGS | {"template": asked}))
     found = dict(pl.read_parquet(tmp_path / "texts").iter_rows())
     assert list(found) == events["user"].unique().sort().to_list()
     day = (date(2017, 7, 1) - EPOCH).days
@@ -49,7 +50,7 @@ def test_streamed_texts_are_those_of_each_user_alone(tmp_path: Path, monkeypatch
         mine = validate(events.filter(pl.col("user") == user))
         sample = pl.DataFrame({"sample": [0], "user": [user], "anchor": [day]}).cast({"anchor": pl.Int32})
         (made,) = dict(windows.users(windows.history(mine, sample, 90), Template())).values()
-        assert text == render(made)
+        assert text == render(made, "What next?")
 
 
 def test_order_and_company_change_nothing() -> None:

@@ -76,6 +76,7 @@ def test_each_user_has_the_embedding_of_its_own_history(
     """Against windows, template and encoder, one user at a time; the encoder says what a history is."""
     events, used = log(20), encoder(days)
     used.breakdowns = breakdowns
+    used.template = used.template.model_copy(update={"query": "What next?" if breakdowns else None})
     out = run(tmp_path, events, encoder=used)
     assert out["user"].to_list() == [f"u{i:05d}" for i in range(20)]
     broken = 0
@@ -91,7 +92,8 @@ def test_each_user_has_the_embedding_of_its_own_history(
         if not made:
             assert row["records"] == 0 and row["embedding"] is None
             continue
-        encoded = template.encode_user(made[0][1], used.tokenizer, max_tokens=tiny.LONGEST)
+        asked = used.template.query
+        encoded = template.encode_user(made[0][1], used.tokenizer, asked, max_tokens=tiny.LONGEST)
         batch = collation.collate([encoded], tiny.pad_id(), tiny.feature_of)
         assert row["records"] == len(encoded.records) > 0
         np.testing.assert_allclose(row["embedding"], used.embed(batch)[0].numpy(), atol=1e-5)

@@ -82,15 +82,21 @@ def test_the_first_part_predicts_every_token_of_the_plain_text_and_nothing_after
     assert found.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
-TEMPLATE = SimpleNamespace(modality_input="adapter", max_user_tokens=tiny.LONGEST, max_answer_tokens=32)
+TEMPLATE = SimpleNamespace(
+    modality_input="adapter", query=None, max_user_tokens=tiny.LONGEST, max_answer_tokens=32
+)
 
 
 @pytest.mark.parametrize(
     ("limit", "error"),
-    [({"max_answer_tokens": 2}, template.AnswerTooLong), ({"max_user_tokens": 13}, template.QueryTooLong)],
+    [
+        ({"max_answer_tokens": 2}, template.AnswerTooLong),
+        ({"max_user_tokens": 13}, template.QueryTooLong),
+        ({"query": "what " * 99}, template.QueryTooLong),
+    ],
 )
 def test_what_no_sequence_can_hold_is_refused_before_training(
-    limit: dict[str, int], error: type[Exception]
+    limit: dict[str, Any], error: type[Exception]
 ) -> None:
     pretraining._check_lengths(PAIRS.drop_nulls(), tiny.tokenizer(), TEMPLATE)
     with pytest.raises(error):

@@ -116,7 +116,7 @@ def test_the_stage_knows_households_and_probes_without_a_query(tmp_path: Path) -
     told = asked.with_columns(query=pl.lit(tiny.QUERY), answer=pl.lit("homeowner"), answer_id=pl.lit(0))
     told.write_parquet(inputs["pairs"] / "pairs.parquet")
     tiny.tokenizer().save_pretrained(inputs["pretrain"])
-    limits = sections.Template(bill=2, app=1, spm=1, minipro=1, tabular=2)
+    limits = sections.Template(bill=2, app=1, spm=1, minipro=1, tabular=2, query="all visits?")
     tokens.run(SimpleNamespace(template=limits), inputs, out, lambda *_: None)
 
     table, probe = (pl.read_parquet(out / f"{name}.parquet") for name in ("pairs", "probe"))
@@ -128,7 +128,7 @@ def test_the_stage_knows_households_and_probes_without_a_query(tmp_path: Path) -
     users = dict(windows.users(records, limits))
     for name, rows, query in (
         ("train_users", table["sample"], tiny.QUERY),
-        ("probe_users", probe["sample"], None),
+        ("probe_users", probe["sample"], limits.query),
     ):
         found = tokens.Sequences.load(out, name)
         for row, sample in enumerate(rows):

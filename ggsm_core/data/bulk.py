@@ -73,7 +73,7 @@ def templates(
     texts: list[str | None] = [None] * len(users)
     records = windows.history(log, found, history_days, breakdowns=breakdowns)
     for sample, user in windows.users(records, template):
-        texts[sample] = render(user)
+        texts[sample] = render(user, template.query)
     return pa.table({"user": users["user"].to_list(), "text": texts}, _OUT)
 
 
