@@ -96,7 +96,7 @@ def test_missing_and_torn_shards_are_named(tmp_path: Path) -> None:
         tokens.Sequences.load(tmp_path, "users")
 
 
-def test_the_stage_knows_households_and_probes_without_a_query(tmp_path: Path) -> None:
+def test_the_stage_knows_households_and_asks_the_probed_what_the_template_says(tmp_path: Path) -> None:
     """Two training windows of one household have one user id: they are no negatives of each other."""
     folder = write(tmp_path / "windows", log(4), users=4)
     plan = ((90, "train"), (120, "train"), (240, "probe"))
