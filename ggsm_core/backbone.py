@@ -85,16 +85,16 @@ def load_pretrained(params: Backbone) -> tuple[PreTrainedModel, Any]:
     if params.kind == "smollm2":
         model, tokenizer = smollm2(params.attention)
     else:
-        assert params.path is not None
+        assert params.source is not None
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                params.path,
+                params.source,
                 attn_implementation=params.attention,
                 dtype=torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
             )
-            tokenizer = AutoTokenizer.from_pretrained(params.path, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(params.source, trust_remote_code=False)
         except OSError as error:
             raise BackboneError(
                 f"backbone.path: {params.path!r} is no folder with a decoder and its tokenizer, and no hub "

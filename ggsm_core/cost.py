@@ -317,9 +317,9 @@ def _decoder(profile: Profile, config: Any) -> Decoder:
         )  # fmt: skip
     if backbone.path == "Qwen/Qwen2.5-0.5B-Instruct":
         return Decoder.of(QWEN_05B)
-    if backbone.path is not None and Path(backbone.path).is_dir():
+    if backbone.source is not None and Path(backbone.source).is_dir():
         try:
-            return Decoder.of(AutoConfig.from_pretrained(backbone.path, trust_remote_code=False))
+            return Decoder.of(AutoConfig.from_pretrained(backbone.source, trust_remote_code=False))
         except OSError as problem:
             raise CostError(f"backbone.path: {backbone.path}/config.json can't be read ({problem})") from None
     raise CostError(f"backbone: {backbone.path or backbone.kind!r}; give the configuration of its decoder")

