@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LossError(ValueError):
@@ -28,6 +28,17 @@ class Negatives:
     masked_user_answer: float
     masked_user_user: float
     masked_answer_answer: float
+
+
+def centred(embeddings: Tensor) -> Tensor:
+    """Each row's direction as seen from the batch's mean: Float[B, d] -> Float[B, d], L2-normalised.
+
+    Our extension. The states that a decoder has at one and the same token share most of what they are, so all
+    users look alike to a cosine, and InfoNCE's shortest way down is to move users and answers to one point,
+    where it stays. Seen from the mean there is no such way: what moves all rows alike moves nothing.
+    """
+    rows = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    return nn.functional.normalize(rows - rows.mean(0, keepdim=True), dim=1)
 
 
 def info_nce(

@@ -240,6 +240,10 @@ class Objective(Section):
     margin: float | None = field(0.1, "c_margin of Eq. 8; null switches the margin mask off", ge=0.0)
     margin_from: int = field(0, "step from which the margin mask acts", "steps", ge=0)
     same_side: bool = field(True, "user-user and answer-answer negatives of Eq. 7")
+    centre: bool = field(
+        False,
+        "our extension: cosines of directions from each side's mean, so that not all can move to one point",
+    )
 
 
 class Training(Section):

@@ -33,7 +33,7 @@ from torch import Tensor
 from ggsm_core import checkpoints, gradcache, guidance, masks, recipes, telemetry
 from ggsm_core.batches import Chunk, PairBatch, Pairs, chunks, split
 from ggsm_core.distributed import Shares, TrainingError, answered, joined
-from ggsm_core.loss import LossError, info_nce_rows
+from ggsm_core.loss import LossError, centred, info_nce_rows
 from ggsm_core.model import NotFinite, Output, UserEncoder
 from ggsm_core.progress import Progress
 from ggsm_core.template import PAD_TOKEN, SEGMENTS
@@ -177,11 +177,13 @@ class Trainer:
         objective, rows = self.params.objective, self.pairs.rows(step)
         users, answers = (self.shares.gather(own).requires_grad_() for own in (user, answer))  # Float[B, d]
         user_ids, answer_ids = (ids.to(users.device) for ids in self.pairs.identities(rows))
+        seen = (users, answers)
         total, counted = 0.0, np.zeros(4)
         for part in split(slice(0, len(rows)), self.params.training.micro_batch):
+            if objective.centre:  # once a part: its backward pass takes the graph with it
+                seen = (centred(users), centred(answers))
             losses, negatives = info_nce_rows(
-                users,
-                answers,
+                *seen,
                 temperature=objective.temperature,
                 margin=objective.margin if step >= objective.margin_from else None,
                 same_side=objective.same_side,
@@ -197,7 +199,7 @@ class Trainer:
         names = ("true_negatives", "masked_user_answer", "masked_user_user", "masked_answer_answer")
         return (_gradient(users)[self.shares.own], _gradient(answers)[self.shares.own]), {
             "loss": total,
-            **_similarities(users.detach(), answers.detach()),
+            **_similarities(*(side.detach() for side in seen)),
             **dict(zip(names, counted.tolist(), strict=True)),
         }
 

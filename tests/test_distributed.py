@@ -57,7 +57,11 @@ GUIDED: dict[str, dict[str, Any]] = {
     "two_pass": {"warm_steps": 12, "freeze": "tower"},
     "previous_step": {"warm_steps": 12, "estimator": "previous_step", "normalise": "zscore"},
 }
-RUNS = [("causal", {}), *(("ggsm", options) for options in GUIDED.values())]
+RUNS = [
+    ("causal", {}),
+    ("bidirectional", {"centre": True}),
+    *(("ggsm", options) for options in GUIDED.values()),
+]
 
 
 @pytest.mark.slow
@@ -113,6 +117,7 @@ CACHED = [
     ("hybrid_gq", {"lora": True}),
     ("ggsm", {"lora": True, **GUIDED["two_pass"]}),
     ("ggsm", GUIDED["previous_step"]),
+    ("ggsm", {"centre": True, **GUIDED["two_pass"]}),
 ]
 
 

@@ -391,6 +391,30 @@ NOT_A_NUMBER = USER.clone()
 NOT_A_NUMBER[1, 2] = torch.nan
 
 
+@properties
+@given(batch=st.integers(2, 6), size=st.integers(2, 5), seed=seeds)
+def test_centred_is_the_direction_from_the_mean_and_knows_no_shift(batch: int, size: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, shift = rng.normal(size=(batch, size)), 5 * rng.normal(size=size)
+    found = loss.centred(torch.tensor(rows + shift))
+    middle = [sum(row[k] for row in rows) / batch for k in range(size)]
+    slow = np.stack(
+        [reference.normalise(np.array([row[k] - middle[k] for k in range(size)])) for row in rows]
+    )
+    np.testing.assert_allclose(found.numpy(), slow, atol=1e-9)
+
+    # What moves all users alike has no gradient; without centring it has one, and the loss falls along it.
+    sides = [torch.tensor(rng.normal(size=(batch, size)) + 9.0) for _ in range(2)]
+    along = torch.zeros(size, dtype=torch.float64, requires_grad=True)
+    moved = [loss.centred(sides[0] + along), loss.centred(sides[1])]
+    (gradient,) = torch.autograd.grad(loss.info_nce(*moved, margin=None), along)
+    assert gradient.abs().max() < 1e-8
+    apart = torch.full((size,), -18.0, dtype=torch.float64, requires_grad=True)  # users opposite to answers
+    plain = loss.info_nce(normalize(sides[0] + apart, dim=1), normalize(sides[1], dim=1), margin=None)
+    (gradient,) = torch.autograd.grad(plain, apart)
+    assert gradient.abs().max() > 1e-6
+
+
 @pytest.mark.parametrize(
     ("field", "value", "arguments"),
     [
