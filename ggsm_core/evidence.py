@@ -29,6 +29,7 @@ PROFILES = (
     "attempts",
     "study_wide",
     "study_full",
+    "study_long",
     "study_tuned",
     "mixes",
 )
