@@ -30,6 +30,7 @@ PROFILES = (
     "study_wide",
     "study_full",
     "study_long",
+    "study_centred",
     "study_asked",
     "study_tuned",
     "mixes",
