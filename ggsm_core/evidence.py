@@ -25,6 +25,7 @@ PROFILES = (
     "study",
     "study_new_users",
     "controls",
+    "schedule",
     "ablation",
     "attempts",
     "study_wide",
@@ -32,6 +33,8 @@ PROFILES = (
     "study_long",
     "study_centred",
     "study_asked",
+    "study_answers",
+    "study_anchors",
     "study_tuned",
     "mixes",
 )

@@ -105,12 +105,12 @@ class Template(Section):
 class Pairs(Section):
     """Rule-based behaviour pairs (Sec. 3.1)."""
 
-    granularities: list[Literal["categories", "visits", "weeks", "offers"]] = field(
+    granularities: list[Literal["categories", "visits", "weeks", "offers", "whole"]] = field(
         ["categories", "visits", "weeks", "offers"],
         "how the future window is aggregated into an answer",
         min_length=1,
     )
-    facts: int = field(6, "facts sampled into one answer", "facts", ge=1)
+    facts: int = field(6, "facts sampled into one sentence", "facts", ge=1)
     seed: int = field(0, "of the sampling", ge=0)
 
 

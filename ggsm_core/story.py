@@ -16,7 +16,6 @@ import polars as pl
 
 from ggsm_core import comparison, params, runs, sections
 from ggsm_core.data import windows
-from ggsm_core.data.pairs import QUERIES
 from ggsm_core.evaluation import households_of
 from ggsm_core.figures import SEGMENT_COLOURS
 from ggsm_core.template import MODALITIES, SPECIAL_TOKENS, User
@@ -94,7 +93,8 @@ def rows(profile: str, *names: str) -> list[str]:
 
 def _turns(metrics: pl.DataFrame) -> int:
     """About a tenth of the steps, in whole turns of the granularities: a batch holds pairs of one alone."""
-    return len(QUERIES) * max(round(len(metrics) / 10 / len(QUERIES)), 1)
+    turn = len(sections.Pairs().granularities)
+    return turn * max(round(len(metrics) / 10 / turn), 1)
 
 
 def ends(metrics: pl.DataFrame, *names: str) -> dict[str, tuple[float, float]]:

@@ -37,7 +37,8 @@ LEAST = {
 }
 WHOLE = (
     *("study", "study_new_users", "controls", "ablation"),
-    *("attempts", "study_wide", "study_full", "study_long", "study_centred", "study_asked", "study_tuned"),
+    *("attempts", "study_wide", "study_full", "study_long", "study_centred", "study_asked"),
+    *("study_answers", "study_anchors", "study_tuned", "schedule"),
 )
 
 

@@ -77,6 +77,25 @@ def test_answers_say_what_happened(futures: tuple[pl.DataFrame, pl.DataFrame]) -
     )
 
 
+def test_a_whole_answer_is_the_four_in_turn(futures: tuple[pl.DataFrame, pl.DataFrame]) -> None:
+    future, samples = futures
+    settings = {"facts": 6, "seed": 0, "future_days": 30}
+    whole = pairs.build(future, samples, granularities=["whole"], **settings)
+    told = build(future, samples).group_by("sample", maintain_order=True).agg("answer")
+    assert whole["query"].unique().to_list() == ["What will this user do in the next 30 days?"]
+    answers = dict(whole.select("sample", "answer").iter_rows())
+    assert answers[0] == " ".join(told.filter(pl.col("sample") == 0)["answer"].item())
+    assert answers[1] == "Does nothing in the next 30 days."
+    assert answers[2].endswith(
+        "One visit, on day 21, mostly weekend evenings at store 7. Spends 0, 0, 20 and 0 "
+        "dollars over 0, 0, 1 and 0 visits in weeks 1, 2, 3 and 4. Takes up no offer in the next 30 days."
+    )
+    # The four are drawn as before, whether or not a fifth is.
+    five = pairs.build(future, samples, granularities=[*NAMES, "whole"], **settings)
+    four = five.filter(pl.col("granularity") != "whole").drop("answer_id")
+    assert_frame_equal(four, build(future, samples).drop("answer_id"))
+
+
 def test_an_empty_future_is_an_answer(futures: tuple[pl.DataFrame, pl.DataFrame]) -> None:
     mine = build(*futures).filter(pl.col("sample") == 1)["answer"]
     assert mine.to_list() == [pairs.NOTHING[name].format(days=30) for name in NAMES]

@@ -9,6 +9,7 @@ seeded subset of them is written down in one sentence. Granularities:
 | visits | visit | how many, first and last, longest gap, the usual store and hours |
 | weeks | week | spend and visits |
 | offers | kind of offer | coupons redeemed, campaigns, discounts, share bought from mailer and display |
+| whole | all of these | the four sentences in one answer, four times as long |
 
 A future without events is an answer too. Only ``train`` samples are looked at, so no answer knows a day on or
 after the first probe anchor.
@@ -31,19 +32,21 @@ from ggsm_core.data.events import part_of_week
 from ggsm_core.progress import Progress
 
 ROOM = 26
-"""Words, digits and signs of an answer at most: keeps it below 32 tokens of a BPE that knows its words."""
+"""Words, digits and signs of a sentence at most: keeps it below 32 tokens of a BPE that knows its words."""
 
 QUERIES = {
     "categories": "What will this user buy in the next {days} days?",
     "visits": "When and where will this user shop in the next {days} days?",
     "weeks": "How much will this user spend in each week of the next {days} days?",
     "offers": "Which offers will this user take up in the next {days} days?",
+    "whole": "What will this user do in the next {days} days?",
 }
 NOTHING = {
     "categories": "Buys nothing in the next {days} days.",
     "visits": "No visit in the next {days} days.",
     "weeks": "Spends nothing in any week.",
     "offers": "Takes up no offer in the next {days} days.",
+    "whole": "Does nothing in the next {days} days.",
 }
 _UNIT = re.compile(r"[^\W\d]+|\d|[^\w\s]")
 
@@ -63,7 +66,7 @@ def build(
 ) -> pl.DataFrame:
     """One pair for each train sample and granularity.
 
-    ``future`` and ``samples`` are those of ``windows``; at most ``facts`` facts go into an answer. Columns:
+    ``future`` and ``samples`` are those of ``windows``; at most ``facts`` facts go into a sentence. Columns:
     sample, granularity, query, answer, answer_id (0.., equal for equal answers). The draw depends on ``seed``
     and on which events there are, not on the order of their rows. Raises ``PairError``.
     """
@@ -213,11 +216,20 @@ def _offers(future: pl.DataFrame, facts: int, rng: np.random.Generator, days: in
     }
 
 
+_SENTENCES = {"categories": _categories, "visits": _visits, "weeks": _weeks, "offers": _offers}
+
+
+def _whole(future: pl.DataFrame, facts: int, rng: np.random.Generator, days: int) -> dict[int, str]:
+    told = {name: tell(future, facts, rng, days) for name, tell in _SENTENCES.items()}
+    return {
+        sample: " ".join(told[name].get(sample, NOTHING[name].format(days=days)) for name in told)
+        for sample in sorted(set().union(*told.values()))
+    }
+
+
 _ANSWERS: dict[str, Callable[[pl.DataFrame, int, np.random.Generator, int], dict[int, str]]] = {
-    "categories": _categories,
-    "visits": _visits,
-    "weeks": _weeks,
-    "offers": _offers,
+    **_SENTENCES,
+    "whole": _whole,
 }
 
 
