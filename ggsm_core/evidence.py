@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,9 @@ class Evidence:
         else:
             said += f"; missing: {', '.join(self.absent)}."
         if counts and max(counts) == 1:
-            said += " An interval from one seed is over households alone."
+            said += (
+                " An interval from one seed is over households alone, but for a borrowed spread over seeds."
+            )
         elif counts and min(counts) == 1:
             said += (
                 " A row with one seed is compared on that seed, and borrows the spread of those with several."
@@ -127,10 +130,18 @@ class Evidence:
         return f"{said} {self.origin()}"
 
     def origin(self) -> str:
-        """``Computed from commit 8654283, finished 2026-11-26, on 2 cores.``"""
-        ended = max(str(run["ended"])[:10] for run in self.provenance["runs"])
-        commit, cores = self.provenance["commit"][:7], self.provenance["machine"]["cores"]
-        return f"Computed from commit {commit}, finished {ended}, on {cores} cores."
+        """``Computed from commits 8654283 (121 runs) and 4d4d36a (27), finished 2026-11-26, on 2 cores.``"""
+        runs = self.provenance["runs"]
+        ended, cores = max(str(run["ended"])[:10] for run in runs), self.provenance["machine"]["cores"]
+        counted = Counter(
+            run["commit"][:7] + " with uncommitted changes" * run["uncommitted_changes"] for run in runs
+        )
+        (first, count), *more = counted.most_common()
+        told = f"commit {first}"
+        if more:
+            also = [f"{commit} ({many})" for commit, many in more]
+            told = f"commits {', '.join([f'{first} ({count} runs)', *also[:-1]])} and {also[-1]}"
+        return f"Computed from {told}, finished {ended}, on {cores} cores."
 
     def ended(self) -> pl.DataFrame:
         """Mean cosine of a user to the own answer and to the others as training ended: row, own, others.
@@ -198,6 +209,8 @@ class Evidence:
         for row, rate in best.items():
             moved = "the profile's own pace" if rate == plain.rate else f"learning rate × {rate:g}"
             found.setdefault(moved, []).append(row)
+        rates = trials["rate"]
+        ends = sum(rate in (rates.min(), rates.max()) for rate in best.values())
         rows = [*self.profile.recipes.active, *(row for row in self.profile.baselines if row in params.PEERS)]
         without = [row for row, rate in best.items() if self.profile.tuned.get(row, plain).rate != rate]
         everyone = "all of them" if without == list(best) else ""
@@ -207,6 +220,7 @@ class Evidence:
                 f"Tuned inside the training period, {len(trials) // len(best)} trials for each of "
                 f"{len(best)} rows (`results/{self.name}/{TRIALS}`).",
                 *(f"Best at {pace}: {', '.join(some)}." for pace, some in found.items()),
+                *([f"{ends} of {len(best)} are best at an end of what was tried."] if ends else []),
                 *([f"Shown here without it: {everyone or ', '.join(without)}."] if without else []),
                 *([f"Not tuned: {', '.join(untried)}."] if untried else []),
             ]

@@ -1,9 +1,11 @@
 """What published tables say: paired differences, rows that can't be told apart, orders that agree.
 
-Every interval here is over households and training seeds, from the tables' covariances; p-values are normal
-and corrected by Holm over the family that a call asks for, no larger and no smaller. A row that was trained
-once says nothing of its spread over seeds: it is compared on its own seed, and the spread is taken from the
-rows that were trained several times (``spread``).
+Every interval here is over households and training seeds, from the tables' covariances; p-values are
+corrected by Holm over the family that a call asks for, no larger and no smaller. A row that was trained once
+says nothing of its spread over seeds: it is compared on its own seed, and the spread is taken from the rows
+that were trained several times (``spread``). Few seeds tell their own spread badly, so intervals
+and p-values are Student's, with the degrees of freedom that Satterthwaite (1946) gives the sum of the two
+variances; households are so many that theirs counts as known.
 
 R rows, S simulated tables.
 """
@@ -16,17 +18,23 @@ from typing import NamedTuple
 
 import numpy as np
 import polars as pl
+from scipy.special import stdtr, stdtrit
 
 from ggsm_core.comparison import MEAN, corrected
 from ggsm_core.comparison import NONE_SHOWN as NONE_SHOWN
 from ggsm_core.data.tasks import TASKS
 from ggsm_core.evidence import Evidence, EvidenceError
-from ggsm_core.intervals import Floats, two_sided
-from ggsm_core.params import FEATURE_BASELINES, UNSEEDED_BASELINES
+from ggsm_core.intervals import Floats
+from ggsm_core.params import FEATURE_BASELINES, PEERS, UNSEEDED_BASELINES
 
-Z = 1.959964
-"""Standard errors from the middle of a normal 95 % interval to its end."""
 SIMULATIONS = 2000
+
+
+class Noise(NamedTuple):
+    """A variance that training seeds cause, and the degrees of freedom it was estimated with."""
+
+    variance: float
+    free: float
 
 
 class Agreement(NamedTuple):
@@ -66,11 +74,12 @@ def by_seed(evidence: Evidence, row: str, task: str = MEAN) -> dict[int, float]:
     return dict(found.group_by("seed").agg(pl.col("auc").mean()).sort("seed").iter_rows())
 
 
-def spread(evidence: Evidence, task: str = MEAN) -> tuple[float, float] | None:
+def spread(evidence: Evidence, task: str = MEAN) -> tuple[Noise, Noise] | None:
     """What a training seed moves: variance of one row's AUC, and of the difference of two rows on one seed.
 
-    Means over the recipes and variants with several seeds, on the seeds that all of these share (``ddof`` 1);
-    None where no two rows have two seeds in common.
+    Means over the R recipes and variants with several seeds, on the S seeds that all of these share (``ddof``
+    1); None where no two rows have two seeds in common. A seed moves all rows alike in part, so one row's
+    variance is credited with S - 1 degrees of freedom only, that of differences with (R - 1)(S - 1).
     """
     several = [row for row in evidence.profile.trained if evidence.seeds.get(row, 0) > 1]
     values = [by_seed(evidence, row, task) for row in several]
@@ -79,13 +88,17 @@ def spread(evidence: Evidence, task: str = MEAN) -> tuple[float, float] | None:
         return None
     auc = np.array([[one[seed] for seed in shared] for one in values])
     paired = [np.var(a - b, ddof=1) for a, b in combinations(auc, 2)]
-    return float(auc.var(axis=1, ddof=1).mean()), float(np.mean(paired))
+    free = len(shared) - 1
+    return (
+        Noise(float(auc.var(axis=1, ddof=1).mean()), free),
+        Noise(float(np.mean(paired)), (len(several) - 1) * free),
+    )
 
 
 def gaps(
     evidence: Evidence, pairs: Iterable[tuple[str, str]], task: str = MEAN, *, like: Evidence | None = None
 ) -> pl.DataFrame:
-    """Paired differences of (row, reference) pairs, one family: columns of differences.csv, p and ``seeds``.
+    """Paired differences of (row, reference) pairs, one family: columns of differences.csv, error, p, seeds.
 
     ``seeds`` is the smaller number of the two, of rows that draw by a seed. Where it is 1, the difference is
     that of the seed which both have, and its variance has the ``spread`` over seeds in ``like`` added
@@ -103,19 +116,39 @@ def gaps(
         variance = max(together[one, one] + together[other, other] - 2 * together[one, other], 0.0)
         drawn = [name for name in (row, reference) if name not in UNSEEDED_BASELINES]
         seeds = min((evidence.seeds[name] for name in drawn), default=1)
-        if drawn and seeds == 1:
-            point = _on_one_seed(evidence, row, reference, task)
-            variance += over_seeds[len(drawn) - 1] if over_seeds else 0.0
+        noise = Noise(0.0, 1)
+        if drawn:
+            paired = _paired(evidence, row, reference, task)
+            if seeds > 1:
+                noise = Noise(float(paired.var(ddof=1)) / len(paired), len(paired) - 1)
+            else:
+                point = float(paired.mean())
+                noise = over_seeds[len(drawn) - 1] if over_seeds else noise
+                variance += noise.variance
         error = float(np.sqrt(variance))
-        ends = point - Z * error, point + Z * error
-        lines.append((row, reference, task, seeds, point, *ends, two_sided(point, error)))
-    columns = ("row", "reference", "task", "seeds", "difference", "ci_low", "ci_high", "p")
-    types = (*[pl.String] * 3, pl.Int64, *[pl.Float64] * 4)
+        lines.append((row, reference, task, seeds, point, *student(point, error, noise), error))
+    columns = ("row", "reference", "task", "seeds", "difference", "ci_low", "ci_high", "p", "error")
+    types = (*[pl.String] * 3, pl.Int64, *[pl.Float64] * 5)
     return corrected(pl.DataFrame(lines, schema=dict(zip(columns, types, strict=True)), orient="row"))
 
 
-def _on_one_seed(evidence: Evidence, row: str, reference: str, task: str) -> float:
-    """The mean difference on the seeds that both rows have; a row that draws nothing has all of them."""
+def family(evidence: Evidence, pairs: Sequence[tuple[str, str]], tasks: Sequence[str]) -> pl.DataFrame:
+    """The ``gaps`` of all pairs on all tasks, corrected as one family."""
+    return corrected(pl.concat([gaps(evidence, pairs, task) for task in tasks]))
+
+
+def student(point: float, error: float, noise: Noise) -> tuple[float, float, float]:
+    """Ends of the 95 % interval of ``point`` and its p-value; ``noise`` is a part of the variance."""
+    if error == 0:
+        return point, point, float(point == 0)
+    share = min(noise.variance / error**2, 1.0)
+    free = noise.free / share**2 if share else np.inf
+    half = error * float(stdtrit(free, 0.975))
+    return point - half, point + half, float(2 * stdtr(free, -abs(point) / error))
+
+
+def _paired(evidence: Evidence, row: str, reference: str, task: str) -> Floats:
+    """The difference on each seed that both rows have; a row that draws nothing has all of them."""
     one, other = (by_seed(evidence, name, task) for name in (row, reference))
     if row in UNSEEDED_BASELINES:
         one = dict.fromkeys(other, next(iter(one.values())))
@@ -125,22 +158,26 @@ def _on_one_seed(evidence: Evidence, row: str, reference: str, task: str) -> flo
         raise EvidenceError(
             f"results/{evidence.name}: {row!r} and {reference!r} have no training seed in common"
         )
-    return float(np.mean([one[seed] - other[seed] for seed in shared]))
+    return np.array([one[seed] - other[seed] for seed in sorted(shared)])
 
 
 def tried(
     evidence: Evidence, what: str, references: Sequence[str], *, like: Evidence | None = None
 ) -> pl.DataFrame:
-    """``gaps`` of a profile's variants, or, where it has none, of all its learnt rows, to each reference.
+    """``gaps`` of a profile's variants, or, where it has none, of all rows but features, to each reference.
 
-    Further columns: change (what a variant changes, else ``what``), tables, and ``Evidence.ended``.
+    Each pair once. Further columns: change (what a variant changes, else ``what``; of a row that such a
+    profile does not train, "..., untrained"), tables, and ``Evidence.ended``.
     """
     variants = evidence.profile.variants.items()
     parts = {row: {**v.options, **v.objective, **v.training}.items() for row, v in variants}
     changes = {row: ", ".join(f"{key}: {value}" for key, value in part) for row, part in parts.items()}
-    rows = changes or {row: what for row in evidence.seeds if row not in FEATURE_BASELINES}
-    pairs = [(row, other) for other in references for row in rows if row != other]
-    table = gaps(evidence, pairs, like=like)
+    learnt = {*evidence.profile.trained, *PEERS}
+    rows = changes or {
+        row: what if row in learnt else f"{what}, untrained" for row in evidence.seeds if row not in FEATURE_BASELINES
+    }
+    pairs = {frozenset((row, other)): (row, other) for other in references for row in rows if row != other}
+    table = gaps(evidence, pairs.values(), like=like)
     change = pl.col("row").replace_strict(rows, return_dtype=pl.String)
     return table.with_columns(change=change, tables=pl.lit(evidence.name)).join(
         evidence.ended(), on="row", how="left", maintain_order="left"

@@ -65,6 +65,7 @@ def publish(
             ended = "2026-01-02T03:04:05+00:00"
             runs.append(
                 {"row": row, "seed": None if stage == "baseline" else seed, "stage": stage, "ended": ended}
+                | {"commit": "0" * 40, "uncommitted_changes": False}
             )
     tables = {
         "auc": pl.DataFrame(auc, schema=AUC_COLUMNS, orient="row"),

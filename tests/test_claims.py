@@ -63,7 +63,7 @@ def test_a_family_without_all_its_rows_is_never_supported(tables: Make) -> None:
 def test_the_family_is_all_pairs_on_all_tasks(tables: Make) -> None:
     found = tables({"ggsm": 0.001, "causal": 0.0, "bidirectional": 0.0})["study"]
     tasks = ("login_7d", "seafood_30d")
-    family = claims._family(found, PAIRS, tasks)
+    family = verdicts.family(found, PAIRS, tasks)
     assert len(family) == 4
     alone = pl.concat([verdicts.gaps(found, PAIRS, task) for task in tasks])
     assert family["p"].to_list() == alone["p"].to_list()

@@ -27,13 +27,15 @@ FEW = {
         "ggsm": 2,
         "ggsm_embeddings_rank": 1,
         "ggsm_random": 1,
-        "ggsm_warm_0": 1,
+        "ggsm_layer0_none": 1,
     },
+    "schedule": {"bidirectional": 1, "ggsm": 2, "ggsm_warm_25": 1},
 }
 LEAST = {
     "study": {"causal": 1, "bidirectional": 1, "ggsm": 1},
     "controls": {"ggsm": 1},
     "ablation": {"bidirectional": 1, "ggsm": 1},
+    "schedule": {"bidirectional": 1, "ggsm": 1},
 }
 WHOLE = (
     *("study", "study_new_users", "controls", "ablation"),
@@ -98,7 +100,7 @@ def test_a_page_shows_what_there_is(
 
 def test_the_verdict_comes_from_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient that leads by 0.02 is supported; take one control away and it is only not shown."""
-    rows = {profile: published.rows_of(profile) for profile in ("controls", "ablation")}
+    rows = {profile: published.rows_of(profile) for profile in ("controls", "schedule", "ablation")}
     shown = execute(PAGES[0], tmp_path, rows, monkeypatch)
     assert "**That the gradient matters: supported.**" in shown["verdict"]
     assert "better 5, worse 0" in shown["verdict"]
