@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,12 @@ class Chunk:
         pairs = self._load(self.users, self.answers)
         self._pairs = pairs if self._keep else None
         return pairs
+
+    @cached_property
+    def layout(self) -> tuple[Tensor, Tensor]:
+        """The users' ``valid`` Bool[m, L] and ``segments`` Long[m, L]: small, and kept."""
+        user = self.pairs.user
+        return user.valid, user.segments
 
 
 def chunks(

@@ -41,10 +41,8 @@ from ggsm_core.data.events import (
     a_day,
     apart,
     apart_file,
-    examine,
     files_of,
     open_log,
-    reading,
     validate,
 )
 from ggsm_core.embedding import embed_all
@@ -101,8 +99,6 @@ def embed(
         raise EventError(f"{events}: a folder, which the engine ray reads; give a file; {READERS}")
     embedded = _Embedder(encoder, dtype, texts)
     log = open_log(events, anchor, embedded.history_days)
-    with reading(events):
-        examine(log).refuse()
     anchor = anchor or _day_after_all(log)
     day = (anchor - EPOCH).days
     users = log.select(pl.col("user").unique()).collect(engine="streaming")["user"].sort()
@@ -223,7 +219,7 @@ def _open(out: Path, events: str, encoder: UserEncoder, settings: list[Any]) -> 
 
 
 class _Vectors:
-    """Record text -> Float[F], each distinct text encoded once."""
+    """Record text -> Float[F], of the users at hand: what the last ones had too is not encoded again."""
 
     def __init__(self, encode: Callable[[list[str]], np.ndarray] | None) -> None:
         self._encode = encode
@@ -232,6 +228,7 @@ class _Vectors:
     def learn(self, texts: set[str]) -> None:
         self._encode = self._encode or TextEncoder().encode  # loaded where it is used
         new = sorted(texts - self._known.keys())
+        self._known = {text: vector for text, vector in self._known.items() if text in texts}
         if new:
             self._known |= dict(zip(new, self._encode(new), strict=True))
 

@@ -200,7 +200,6 @@ def _card(encoder: UserEncoder, causal: bool, data: str, metrics: str) -> str:
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: feature-extraction
-license: apache-2.0
 tags: [user-embeddings, {recipe.name}]
 ---
 # User embeddings, recipe {recipe.name}

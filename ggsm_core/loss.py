@@ -114,7 +114,7 @@ def info_nce_rows(
         if margin is not None:
             keep = candidate & (similarity.detach() <= positive.detach()[:, None] + margin)
         logits.append((similarity / temperature).masked_fill(~keep, -torch.inf))
-        masked.append(1 - float(keep.sum()) / max(int(candidate.sum()), 1))
+        masked.append(float((candidate & ~keep).sum()) / max(int(candidate.sum()), 1))
         kept += int(keep.sum())
     every = torch.cat(logits, dim=1)
     loss = torch.logsumexp(every, dim=1) - logits[0][:, 0]

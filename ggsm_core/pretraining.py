@@ -31,6 +31,7 @@ from ggsm_core.template import (
     RECORD_TOKEN,
     USER_TOKEN,
     Encoded,
+    QueryTooLong,
     Record,
     User,
     encode_answer,
@@ -70,7 +71,7 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
         render(users[sample], query) for sample, query in shuffled[:2000].select("sample", "query").rows()
     ]
     tokenizer = train_tokenizer([*texts, *pairs["answer"].unique().sort()], params.backbone.vocab)
-    _check_lengths(pairs, tokenizer, template)
+    _check_lengths(pairs, tokenizer, template, settings.sequence_tokens)
 
     torch.manual_seed(settings.seed)
     model = new_decoder(params.backbone, len(tokenizer))
@@ -90,14 +91,25 @@ def run(params: Any, inputs: dict[str, Path], out: Path, progress: Progress) -> 
     tokenizer.save_pretrained(out)
 
 
-def _check_lengths(pairs: pl.DataFrame, tokenizer: PreTrainedTokenizerFast, template: Any) -> None:
+def _check_lengths(
+    pairs: pl.DataFrame, tokenizer: PreTrainedTokenizerFast, template: Any, sequence_tokens: int
+) -> None:
     """Raises ``AnswerTooLong`` or ``QueryTooLong``, as stage ``tokens`` would once all is trained."""
-    for answer in pairs["answer"].unique().sort():
-        encode_answer(answer, tokenizer, max_tokens=template.max_answer_tokens)
+    longest = max(
+        len(encode_answer(answer, tokenizer, max_tokens=template.max_answer_tokens).input_ids)
+        for answer in pairs["answer"].unique().sort()
+    )
     anyone = User({"bill": [Record("one record")]})
     for query in (*pairs["query"].unique().sort(), template.query):
         encode_user(anyone, tokenizer, query, max_tokens=template.max_user_tokens,
                     modality_input=template.modality_input)  # fmt: skip
+        try:
+            encode_user(anyone, tokenizer, query, max_tokens=sequence_tokens - longest, modality_input="text")
+        except QueryTooLong as why:
+            raise QueryTooLong(
+                f"pretraining.sequence_tokens: {sequence_tokens} has no room for an answer of {longest} "
+                "tokens and its query; raise it"
+            ) from why
 
 
 def _train(

@@ -27,6 +27,8 @@ LIBRARIES = (
     "scipy",
     "numpy",
     "polars",
+    "sentence-transformers",
+    "faiss-cpu",
 )
 """What computes. Another version of one of these is another result."""
 

@@ -102,7 +102,8 @@ class ScheduledOpening(Recipe):
     """A deterministic path from causal to bidirectional (A.4, bidirectional b); bidirectional at inference.
 
     ``soft_linear`` raises the weight of every future key as t / T; the span schedules let query i see up to
-    min(i + Delta(t), L), with Delta growing linearly or as a half cosine. All reach full visibility at T.
+    min(i + Delta(t), L), with Delta growing linearly or as a half cosine. All reach full visibility at T, of
+    sequences below L the span schedules sooner.
     """
 
     section = Scheduler

@@ -20,7 +20,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import expm1
+from math import copysign, expm1
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -152,8 +152,8 @@ def describe(record: Record, modality: str = "bill") -> str:
     if count:
         times = round(expm1(count))
         words.append("once" if times == 1 else f"{times} times")
-        if modality in _MONEY and (dollars := round(expm1(abs(amount)))):
-            words.append(f"{dollars} dollar{'s' * (dollars != 1)}")
+        if modality in _MONEY and (dollars := round(copysign(expm1(abs(amount)), amount))):
+            words.append(f"{dollars} dollar{'s' * (abs(dollars) != 1)}")
         days = round(last * DAYS)
         words.append(f"last {days} day{'s' * (days != 1)} ago")
     if record.simulated:

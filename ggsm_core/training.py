@@ -140,7 +140,7 @@ class Trainer:
                 norms.append(guidance.norms_of(_gradient(user.site)) / self.accelerator.num_processes)
             seen.append(_seen(user, answer))
         if learner:
-            weights = [learner.weigh(n, c.pairs.user.valid, step) for n, c in zip(norms, parts, strict=True)]
+            weights = [learner.weigh(n, c.layout[0], step) for n, c in zip(norms, parts, strict=True)]
             every_norm, every_weight, valid, segments = self._everyones(parts, norms, weights)
             learner.remember(every_norm, valid)
             self._freeze(learner, every_weight, valid, segments, step)
@@ -206,10 +206,11 @@ class Trainer:
     def _check_loss(self, loss: float, batch: int) -> None:
         """Raise ``Diverged`` for a loss that no training on its way down has.
 
-        Cosines bound it by 2 / tau + log(3B). Half of the way, 1 / tau + log(3B), means that negatives lie
-        nearer than the positives by a cosine of 1: training runs against its objective. A pre-trained decoder
-        may begin there (all users in one direction, all answers in another), so that this counts once the
-        learning rate has risen.
+        Cosines bound it by 2 / tau + log(3B), so a loss above that is none. Half of the way, 1 / tau +
+        log(3B), means that negatives lie nearer than the positives by a cosine of 1: training runs against
+        its objective. A pre-trained decoder may begin there (all users in one direction, all answers in
+        another), so that this counts once the learning rate has risen. With the margin mask no negative is
+        that near, the loss is below margin / tau + log(3B), and only what is no number is caught here.
         """
         training = self.params.training
         share = 1 if self.step >= training.lr_warm_share * training.total_steps else 2
@@ -279,9 +280,9 @@ class Trainer:
             return Guide([None] * len(parts), None, {})
         if probed := recipe.wants_probe(step):
             norms = self._probe(parts, step)
-            own = [recipe.weigh(n, c.pairs.user.valid, step) for n, c in zip(norms, parts, strict=True)]
+            own = [recipe.weigh(n, c.layout[0], step) for n, c in zip(norms, parts, strict=True)]
         else:
-            own = [recipe.recall(c.pairs.user.valid, c.pairs.user.segments, step) for c in parts]
+            own = [recipe.recall(*chunk.layout, step) for chunk in parts]
             norms = own
         every_norm, weights, valid, segments = self._everyones(parts, norms, own)
         if probed:
@@ -302,9 +303,8 @@ class Trainer:
 
     def _everyones(self, parts: list[Chunk], *own: list[Tensor]) -> tuple[Tensor, ...]:
         """[B, L] each: ``own`` of this process's micro-batches, then ``valid`` and ``segments``."""
-        users = [chunk.pairs.user for chunk in parts]
-        layout = ([user.valid for user in users], [user.segments for user in users])
-        return tuple(self.shares.gather(joined(rows)) for rows in (*own, *layout))
+        layout = zip(*(chunk.layout for chunk in parts), strict=True)
+        return tuple(self.shares.gather(joined(list(rows))) for rows in (*own, *layout))
 
     def _freeze(
         self, recipe: recipes.Guided, weights: Tensor, valid: Tensor, segments: Tensor, step: int

@@ -174,7 +174,9 @@ def tried(
     changes = {row: ", ".join(f"{key}: {value}" for key, value in part) for row, part in parts.items()}
     learnt = {*evidence.profile.trained, *PEERS}
     rows = changes or {
-        row: what if row in learnt else f"{what}, untrained" for row in evidence.seeds if row not in FEATURE_BASELINES
+        row: what if row in learnt else f"{what}, untrained"
+        for row in evidence.seeds
+        if row not in FEATURE_BASELINES
     }
     pairs = {frozenset((row, other)): (row, other) for other in references for row in rows if row != other}
     table = gaps(evidence, pairs.values(), like=like)

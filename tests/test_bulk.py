@@ -117,6 +117,22 @@ def test_a_log_out_of_order_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
+@pytest.mark.parametrize("engine", [bulk.local, pytest.param(bulk.on_ray, marks=pytest.mark.slow)])
+def test_a_bad_row_far_down_is_named_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: Any
+) -> None:
+    monkeypatch.setattr(bulk, "ROWS", 11)
+    monkeypatch.setattr(bulk, "templates", None)  # no user is rendered
+    events = log(9).with_row_index("line", 1)
+    bad = pl.col("line") == len(events) - 3
+    events = events.with_columns(text=pl.when(~bad).then("text")).drop("line")
+    with pytest.raises(
+        EventError, match=rf"1 of {len(events)} rows .*(\n.*)?line {len(events) - 3}: text: null"
+    ):
+        engine(write(events, tmp_path / "log"), tmp_path / "texts", **SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "texts"
     command = [str(write(log(5), tmp_path / "log")), "--out", str(out), "--anchor", "2017-07-01"]

@@ -223,7 +223,8 @@ def test_settings_that_embed_nobody_are_refused(tmp_path: Path, more: dict[str, 
     with pytest.raises(ValueError, match=said):
         run(tmp_path, log(5), **more)
     assert [path.name for path in tmp_path.iterdir()] == ["events.parquet"]
-    facts = log(2).with_columns(time=pl.lit(None, pl.Datetime("us", "UTC")), modality=pl.lit("tabular"))
+    time, amount = pl.lit(None, pl.Datetime("us", "UTC")), pl.lit(None, pl.Float64)
+    facts = log(2).with_columns(time=time, modality=pl.lit("tabular"), amount=amount)
     assert run(tmp_path, facts, anchor=date(1999, 1, 1))["records"].min() == 1  # facts have no time
 
 

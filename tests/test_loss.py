@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -246,6 +247,12 @@ def test_a_margin_masked_negative_has_no_gradient() -> None:
     for rows in (user, answer):
         assert rows.grad is not None and (rows.grad == 0).all()
     assert loss.info_nce(user, answer, margin=None, same_side=False) > 1
+
+
+def test_where_nobody_is_a_negative_none_is_masked() -> None:
+    user = torch.eye(2, dtype=torch.float64)
+    value, counted = loss.info_nce_rows(user, user, margin=None, user_ids=torch.zeros(2, dtype=torch.long))
+    assert value.tolist() == [0, 0] and dataclasses.astuple(counted) == (0, 0, 0, 0)
 
 
 def test_the_margin_is_exceeded_strictly() -> None:

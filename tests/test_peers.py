@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -283,6 +284,19 @@ def test_a_language_model_learns_and_embeds(name: str, corpus: dict[str, Path], 
     assert results[0] == results[1], "one seed, one result"
     how = json.loads((out / "system.json").read_text())
     assert how["dimension"] == (PEERS.hidden if name == "found" else tiny.HIDDEN) and how["parameters"] > 0
+
+
+def test_a_decoder_that_writes_with_other_weights_is_refused(
+    corpus: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def untied(*given: Any) -> Any:
+        encoder = build_encoder(*given)
+        encoder.decoder.config.tie_word_embeddings = False
+        return encoder
+
+    monkeypatch.setattr(instructue, "build_encoder", untied)
+    with pytest.raises(BaselineError, match="an output layer of its own"):
+        instructue.InstructUe(declared("instructue"), corpus, lambda **_: None)
 
 
 def test_the_written_answers_weigh_as_much_in_micro_batches(corpus: dict[str, Path]) -> None:

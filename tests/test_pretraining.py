@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,11 +99,12 @@ TEMPLATE = SimpleNamespace(
 def test_what_no_sequence_can_hold_is_refused_before_training(
     limit: dict[str, Any], error: type[Exception]
 ) -> None:
-    pretraining._check_lengths(PAIRS.drop_nulls(), tiny.tokenizer(), TEMPLATE)
+    check = partial(pretraining._check_lengths, PAIRS.drop_nulls(), tiny.tokenizer())
+    check(TEMPLATE, 128)
     with pytest.raises(error):
-        pretraining._check_lengths(
-            PAIRS.drop_nulls(), tiny.tokenizer(), SimpleNamespace(**vars(TEMPLATE) | limit)
-        )
+        check(SimpleNamespace(**vars(TEMPLATE) | limit), 128)
+    with pytest.raises(template.QueryTooLong, match=r"pretraining\.sequence_tokens: 32 has no room"):
+        check(TEMPLATE, 32)
 
 
 @pytest.mark.parametrize("steps", [1, 10, 11])

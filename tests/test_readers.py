@@ -90,6 +90,7 @@ BAD: dict[str, Row] = {
     checks.UNSORTED: {"time": "2017-01-01T00:00:01.5Z"},
     "amount: not finite": {"amount": float("nan")},
     "amount: above 1e+12": {"amount": -2e12},
+    "amount: of a time-less fact, which has none": {"modality": "tabular", "time": None, "amount": 5.0},
     "modality: not Enum": {"modality": "shop"},
     "modality: null": {"modality": None},
     "time: null away from tabular": {"time": None},

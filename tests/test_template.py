@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import unicodedata
@@ -59,6 +60,12 @@ def test_render_is_figure_4() -> None:
     )
     assert t.render(user) == expected + "<USER>"
     assert t.render(user, "What next?") == expected + "Instruction: What next? <USER>"
+
+
+def test_what_came_back_is_no_spending() -> None:
+    for amount, words in ((12.0, "12 dollars"), (-12.0, "-12 dollars"), (-1.0, "-1 dollar"), (0.2, "last")):
+        numbers = (math.copysign(math.log1p(abs(amount)), amount), math.log1p(1), 1 / 90, 1 / 90, 0.0, 0.0)
+        assert t.describe(t.Record("shoes", numbers)).split(", ")[2].startswith(words)
 
 
 @pytest.mark.parametrize("query", [None, "What comes next?"])

@@ -60,6 +60,7 @@ def decoder(
                 num_key_value_heads=2,
                 head_dim=8,
                 initializer_range=0.2,
+                tie_word_embeddings=True,
                 attn_implementation=attention,
                 **more,
             )

@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from ggsm_core import masks
 from ggsm_core.backbone import positions
 from ggsm_core.baselines.answered import Users
-from ggsm_core.baselines.base import Baseline
+from ggsm_core.baselines.base import Baseline, BaselineError
 from ggsm_core.baselines.fitting import Fitted, Log
 from ggsm_core.batches import Chunk, Pairs
 from ggsm_core.collation import Batch
@@ -43,7 +43,7 @@ WRITTEN = 4  # one row in so many is written as well
 def answer_loss(encoder: UserEncoder, user: Batch, answer: Batch) -> Tensor:
     """Mean cross-entropy of the answers' tokens, each given the user and the tokens before it.
 
-    The decoder's input embeddings are its output layer, as in every decoder used here.
+    The decoder's input embeddings are its output layer (``InstructUe`` refuses others).
     """
     embedded = torch.cat([encoder.embed_tokens(user), encoder.embed_tokens(answer)], dim=1)
     valid = torch.cat([user.valid, answer.valid], dim=1)
@@ -77,6 +77,11 @@ class InstructUe(Baseline[Pairs, Users]):
         self.params, self.log = SimpleNamespace(**vars(params)), log
         self.params.recipe, self.params.options = "causal", None
         self.encoder = build_encoder(self.params, inputs)
+        if not self.encoder.decoder.config.tie_word_embeddings:
+            raise BaselineError(
+                "backbone: instructue writes answers, and this decoder has an output layer of its own, which "
+                "is not kept; take a decoder with tie_word_embeddings, or leave instructue out of baselines"
+            )
 
     def fit(self, train: Pairs) -> Self:
         """Train for ``training.total_steps`` steps."""

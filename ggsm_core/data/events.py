@@ -78,6 +78,9 @@ RULES = {
     "amount: not finite": ~pl.col("amount").is_finite(),
     f"amount: above {LARGEST:g} or below {-LARGEST:g}": pl.col("amount").is_finite()
     & (pl.col("amount").abs() > LARGEST),
+    "amount: of a time-less fact, which has none": (pl.col("modality") == "tabular")
+    & pl.col("time").is_null()
+    & (pl.col("amount") != 0),
 }
 """What no row may be, by the name that errors give it."""
 DAY = (pl.col("time").dt.date() - EPOCH).dt.total_days().cast(pl.Int32)
@@ -171,10 +174,11 @@ def files_of(log: Path) -> list[Path]:
 
 
 def open_log(path: Path, anchor: date | None, history_days: int) -> pl.LazyFrame:
-    """A log's file, or the folder of its files: not yet read, but it can be a log.
+    """A log's file, or the folder of its files, each row examined before any work is done on one.
 
-    Raises ``EventError`` if it can't, if a history has no day, and for an ``anchor`` with not one event in
-    its history. A log of time-less facts alone may have any.
+    Raises ``EventError`` if it can't be a log, if a history has no day, and for an ``anchor`` with not one
+    event in its history (a log of time-less facts alone may have any); ``BadRows`` for rows that break the
+    schema.
     """
     if history_days < 1:
         raise EventError(f"history_days: {history_days} is no length of a history; give 1 or more")
@@ -196,6 +200,7 @@ def open_log(path: Path, anchor: date | None, history_days: int) -> pl.LazyFrame
                         f"anchor, history_days: not one event lies in the window, {first} to {last}; "
                         f"{path} has {start} to {end}, so give another anchor"
                     )
+        examine(log).refuse()
     return log
 
 
