@@ -66,5 +66,5 @@ def test_what_it_says_of_the_study_is_in_the_tables() -> None:
     )
     told = verdicts.gaps(study, list(combinations(masks, 2)))
     assert set(told["verdict"]) == {verdicts.NONE_SHOWN}
-    above = study.differences.filter(row="oracle", reference="bidirectional", task="mean")
+    above = verdicts.gaps(study, [("oracle", "bidirectional")])
     assert above["verdict"].to_list() == ["better"]
