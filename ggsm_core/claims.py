@@ -23,7 +23,7 @@ from ggsm_core import printed, story, verdicts
 from ggsm_core.comparison import MEAN
 from ggsm_core.data.tasks import DOMAINS, TASKS
 from ggsm_core.evidence import Evidence, EvidenceError
-from ggsm_core.params import ORACLE, UNSEEDED_BASELINES
+from ggsm_core.params import ORACLE
 from ggsm_core.printed import SPAN
 from ggsm_core.verdicts import CONTRADICTED, NOT_SHOWN, SUPPORTED, UNMEASURED
 
@@ -165,7 +165,7 @@ def ordered(profile: str, rows: Sequence[str] | None = None) -> Callable[[Tables
         except EvidenceError as problem:
             return _nothing(str(problem))
         verdict = SUPPORTED if tau.ci_low > 0 else CONTRADICTED if tau.ci_high < 0 else NOT_SHOWN
-        drawn = [row for row in tables[profile].has(*chosen) if row not in UNSEEDED_BASELINES]
+        drawn = [row for row in tables[profile].has(*chosen) if row not in tables[profile].profile.unseeded]
         seeds = min((tables[profile].seeds[row] for row in drawn), default=1)
         what = f"Kendall's τ of {tau.n} rows"
         if ORACLE in tables[profile].has(*chosen) and tau.n > 3:

@@ -91,7 +91,7 @@ class Evidence:
     def seeds(self) -> dict[str, int]:
         """Row -> training seeds behind its numbers; 1 for a row that draws nothing by them."""
         counts = dict(self.rows.select("recipe", "seeds").unique(maintain_order=True).iter_rows())
-        return {row: 1 if row in params.UNSEEDED_BASELINES else count for row, count in counts.items()}
+        return {row: 1 if row in self.profile.unseeded else count for row, count in counts.items()}
 
     def has(self, *rows: str) -> list[str]:
         """Those of ``rows`` that have numbers, in the given order."""
@@ -104,7 +104,7 @@ class Evidence:
 
     def told(self) -> str:
         """For readers: how many rows and seeds there are, what is missing, and where they come from."""
-        counts = [count for row, count in self.seeds.items() if row not in params.UNSEEDED_BASELINES]
+        counts = [count for row, count in self.seeds.items() if row not in self.profile.unseeded]
         said = f"results/{self.name}: {len(self.seeds)} rows"
         if counts:
             least, most = min(counts), max(counts)

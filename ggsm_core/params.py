@@ -56,8 +56,6 @@ TEXT_BASELINES = ("minilm", "qwen3_embedding", "kalm", "nemotron")
 RECORD_BASELINES = ("records",)
 ORACLE = "oracle"
 """The row of the decoder before contrastive training: read under the causal mask, without a contrast run."""
-UNSEEDED_BASELINES = (ORACLE, *FEATURE_BASELINES, *TEXT_BASELINES, *RECORD_BASELINES)
-"""Rows that draw nothing by a training seed: a second one would be the first again."""
 PEERS = (*SEQUENCE_BASELINES, *LANGUAGE_BASELINES)
 """The other trained systems, which one section and one rule to stop serve."""
 JOINED = "handmade+"
@@ -151,6 +149,16 @@ class Profile(Section):
     def trained(self) -> list[str]:
         """Rows of contrastive training: the recipes that run, then the variants."""
         return [*self.recipes.active, *self.variants]
+
+    @property
+    def unseeded(self) -> tuple[str, ...]:
+        """Rows that draw nothing by a training seed: a second one would be the first again.
+
+        A published decoder comes without adapters: those of its ``oracle`` are drawn, and not trained.
+        """
+        drawn = self.backbone.kind != "scratch" and self.template.modality_input == "adapter"
+        found = (*FEATURE_BASELINES, *TEXT_BASELINES, *RECORD_BASELINES)
+        return found if drawn else (ORACLE, *found)
 
     @property
     def mixes(self) -> bool:

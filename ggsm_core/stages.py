@@ -32,7 +32,6 @@ from ggsm_core.params import (
     RECORD_BASELINES,
     SEQUENCE_BASELINES,
     TEXT_BASELINES,
-    UNSEEDED_BASELINES,
     Profile,
 )
 from ggsm_core.runs import DamagedRun, Run, Store
@@ -244,7 +243,7 @@ class Plan:
             yield from ((name, None) for name in beside)
             return
         for row in [*(self.profile.trained if stage.per == "recipe" else ()), *beside]:
-            seeds = self.profile.seeds[: 1 if row in UNSEEDED_BASELINES else None]
+            seeds = self.profile.seeds[: 1 if row in self.profile.unseeded else None]
             yield from ((row, seed) for seed in seeds)
 
     def _checked(self, stage: str, row: str | None, seed: int | None) -> tuple[str | None, int | None]:
@@ -272,7 +271,7 @@ class Plan:
         first = self.profile.seeds[0]
         if seed is not None and not 0 <= seed < 2**32:
             raise UnknownRun(f"seed: {seed} is none; give a whole number of 0 to {2**32 - 1}")
-        if seed not in (None, first) and row in UNSEEDED_BASELINES:
+        if seed not in (None, first) and row in self.profile.unseeded:
             raise UnknownRun(
                 f"seed: {seed} given for {row!r}, which draws nothing by a seed: it would be the run of seed "
                 f"{first} again; leave it out"

@@ -25,7 +25,7 @@ from ggsm_core.comparison import NONE_SHOWN as NONE_SHOWN
 from ggsm_core.data.tasks import TASKS
 from ggsm_core.evidence import Evidence, EvidenceError
 from ggsm_core.intervals import Floats
-from ggsm_core.params import FEATURE_BASELINES, PEERS, UNSEEDED_BASELINES
+from ggsm_core.params import FEATURE_BASELINES, PEERS
 
 SIMULATIONS = 2000
 
@@ -114,7 +114,7 @@ def gaps(
         one, other = at[row], at[reference]
         point = float(auc[one] - auc[other])
         variance = max(together[one, one] + together[other, other] - 2 * together[one, other], 0.0)
-        drawn = [name for name in (row, reference) if name not in UNSEEDED_BASELINES]
+        drawn = [name for name in (row, reference) if name not in evidence.profile.unseeded]
         seeds = min((evidence.seeds[name] for name in drawn), default=1)
         noise = Noise(0.0, 1)
         if drawn:
@@ -150,9 +150,9 @@ def student(point: float, error: float, noise: Noise) -> tuple[float, float, flo
 def _paired(evidence: Evidence, row: str, reference: str, task: str) -> Floats:
     """The difference on each seed that both rows have; a row that draws nothing has all of them."""
     one, other = (by_seed(evidence, name, task) for name in (row, reference))
-    if row in UNSEEDED_BASELINES:
+    if row in evidence.profile.unseeded:
         one = dict.fromkeys(other, next(iter(one.values())))
-    if reference in UNSEEDED_BASELINES:
+    if reference in evidence.profile.unseeded:
         other = dict.fromkeys(one, next(iter(other.values())))
     if not (shared := one.keys() & other.keys()):
         raise EvidenceError(

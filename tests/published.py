@@ -16,13 +16,12 @@ from ggsm_core.evaluation import AUC_COLUMNS
 ROOT = provenance.ROOT
 RESAMPLES = 120
 HOUSEHOLDS = 2000
-UNSEEDED = params.UNSEEDED_BASELINES
 
 
 def rows_of(name: str, seeds: int = 2) -> dict[str, int]:
     """Every row that profile ``name`` asks for -> number of seeds."""
     profile = params.load(ROOT / "params" / f"{name}.yaml")
-    return {row: 1 if row in UNSEEDED else seeds for row in (*profile.trained, *profile.baselines)}
+    return {row: 1 if row in profile.unseeded else seeds for row in (*profile.trained, *profile.baselines)}
 
 
 def publish(

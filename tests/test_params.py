@@ -181,3 +181,11 @@ def test_a_control_that_could_not_be_honoured_is_refused(
         params.Profile.model_validate(quick | {"variants": {"one": variant}})
     allowed = variant | {"options": options | {"source": "gradient"}}
     assert params.Profile.model_validate(quick | {"variants": {"one": allowed}})
+
+
+def test_the_oracle_of_a_published_decoder_has_seeds() -> None:
+    """Its adapters are drawn; those of a decoder made here are trained before, and text needs none."""
+    quick, gpu = (params.load(ROOT / "params" / f"{name}.yaml") for name in ("quick", "gpu"))
+    text = gpu.model_copy(update={"template": gpu.template.model_copy(update={"modality_input": "text"})})
+    assert [params.ORACLE in profile.unseeded for profile in (quick, gpu, text)] == [True, False, True]
+    assert set(quick.unseeded) - set(gpu.unseeded) == {params.ORACLE}
