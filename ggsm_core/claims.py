@@ -143,11 +143,11 @@ def steadier(profile: str, row: str, reference: str) -> Callable[[Tables], Measu
         ratio = float(one.std(ddof=1) / other.std(ddof=1))
         free = len(one) - 1, len(other) - 1
         low, high = (ratio / np.sqrt(f_distribution.ppf(q, *free)) for q in (0.975, 0.025))
-        verdict = SUPPORTED if high < 1 else CONTRADICTED if low > 1 else NOT_SHOWN
-        if min(free) < SPREAD_SEEDS - 1:
-            verdict = NOT_SHOWN
+        seeds = min(len(one), len(other))
+        apart = SUPPORTED if high < 1 else CONTRADICTED if low > 1 else NOT_SHOWN
+        verdict = apart if seeds >= SPREAD_SEEDS else NOT_SHOWN
         what = f"ratio of standard deviations over seeds, {row} / {reference}"
-        return Measured(what, ratio, float(low), float(high), min(len(one), len(other)), verdict)
+        return Measured(what, ratio, float(low), float(high), seeds, verdict)
 
     return measure
 

@@ -109,6 +109,7 @@ def gaps(
     rows = list(dict.fromkeys(name for pair in pairs for name in pair))
     at = {row: place for place, row in enumerate(rows)}
     auc, together = points(evidence, rows, task), covariance(evidence, rows, task)
+    by_row = {name: by_seed(evidence, name, task) for name in rows}
     lines, over_seeds = [], spread(like or evidence, task)
     for row, reference in pairs:
         one, other = at[row], at[reference]
@@ -118,7 +119,7 @@ def gaps(
         seeds = min((evidence.seeds[name] for name in drawn), default=1)
         noise = Noise(0.0, 1)
         if drawn:
-            paired = _paired(evidence, row, reference, task)
+            paired = _paired(evidence, by_row, row, reference)
             if seeds > 1:
                 noise = Noise(float(paired.var(ddof=1)) / len(paired), len(paired) - 1)
             else:
@@ -147,9 +148,9 @@ def student(point: float, error: float, noise: Noise) -> tuple[float, float, flo
     return point - half, point + half, float(2 * stdtr(free, -abs(point) / error))
 
 
-def _paired(evidence: Evidence, row: str, reference: str, task: str) -> Floats:
+def _paired(evidence: Evidence, by_row: Mapping[str, dict[int, float]], row: str, reference: str) -> Floats:
     """The difference on each seed that both rows have; a row that draws nothing has all of them."""
-    one, other = (by_seed(evidence, name, task) for name in (row, reference))
+    one, other = by_row[row], by_row[reference]
     if row in evidence.profile.unseeded:
         one = dict.fromkeys(other, next(iter(one.values())))
     if reference in evidence.profile.unseeded:

@@ -197,6 +197,12 @@ def test_a_gap_is_the_published_difference(root: Path) -> None:
                 told["ci_high"] - told["ci_low"], rel=0.25
             )
             assert line["verdict"] == told["verdict"]
+            one, other = (verdicts.by_seed(study, line[side], task) for side in ("row", "reference"))
+            noise = np.var([one[s] - other[s] for s in range(line["seeds"])], ddof=1) / line["seeds"]
+            free = (line["seeds"] - 1) / min(noise / line["error"] ** 2, 1) ** 2
+            half = student.ppf(0.975, free) * line["error"]
+            assert (line["ci_high"] - line["ci_low"]) / 2 == pytest.approx(half)
+            assert line["p"] == pytest.approx(2 * student.sf(abs(line["difference"]) / line["error"], free))
     assert got["seeds"].to_list() == [2, 3]
     back = verdicts.gaps(study, [("bidirectional", "ggsm")], "login_7d")
     assert back["difference"][0] == -got["difference"][0] and back["verdict"][0] == "worse"
