@@ -24,7 +24,7 @@ print: book  ## the whole book on one page, for printing
 results: install  ## the same up to results/PROFILE/, without notebooks and book
 	@$(PY) -m ggsm_core.pipeline --profile params/$(PROFILE).yaml --target results
 
-study: install  ## the evidence, hours: every system that needs no hub, five seeds, ablations (RECIPES=ggsm,causal SEEDS=0: a part)
+study: install  ## the evidence, hours: all that needs no hub, five seeds, ablations (RECIPES=ggsm,causal SEEDS=0: a part)
 	@$(PY) -m ggsm_core.study $(if $(RECIPES),--recipes $(RECIPES)) $(if $(SEEDS),--seeds $(SEEDS))
 
 test: install  ## the tests
