@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 import yaml
-from browser import COLOURS, needs_browser, serious
 from browser import browser as browser
+from browser import needs_browser, serious
 
 from ggsm_core import pages
 from ggsm_core.notebooks import reads_tables_alone
@@ -230,7 +230,7 @@ def test_axe_finds_nothing_serious(browser: Any, name: str, scheme: str) -> None
     page = context.new_page()
     page.goto(page_file(name).as_uri(), wait_until="load")
     assert page.evaluate("document.documentElement.dataset.theme") == scheme
-    found = serious(page, COLOURS if scheme == "dark" else None)
+    found = serious(page)
     context.close()
     assert not found
 
