@@ -34,13 +34,41 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
-def serious(page: Any) -> list[str]:
+COLOURS = ["color-contrast", "link-in-text-block"]
+"""The rules of axe-core that look at colours."""
+# Contrast is most of axe-core's work, and one for all words of a page that look alike: code has thousands.
+HIDE_ALIKE = """() => {
+  const behind = (node) => {
+    const colour = node && getComputedStyle(node).backgroundColor;
+    return colour === "rgba(0, 0, 0, 0)" ? behind(node.parentElement) : colour;
+  };
+  for (const word of document.querySelectorAll("[data-alike]")) {
+    word.style.removeProperty("visibility");
+    delete word.dataset.alike;
+  }
+  const seen = new Set(), alike = [];
+  for (const word of document.querySelectorAll(":is(pre, dt) span:not(:has(*), a span, button span)")) {
+    const { color, opacity, fontSize, fontWeight, visibility } = getComputedStyle(word);
+    const look = [color, opacity, fontSize, fontWeight, visibility, behind(word)].join();
+    if (seen.has(look)) alike.push(word);
+    seen.add(look);
+  }
+  for (const word of alike) {
+    word.style.visibility = "hidden";  // keeps its room: what scrolls still scrolls
+    word.dataset.alike = "";
+  }
+}"""
+
+
+def serious(page: Any, only: list[str] | None = None) -> list[str]:
     """What axe-core finds on an opened page and calls serious or critical: the rule and where."""
     from axe_playwright_python.sync_playwright import Axe
 
+    page.evaluate(HIDE_ALIKE)
+    found = Axe().run(page, options={"resultTypes": ["violations"]} | ({"runOnly": only} if only else {}))
     return [
         f"{found['id']}: {node['target']} {node['html'][:120]}"
-        for found in Axe().run(page).response["violations"]
+        for found in found.response["violations"]
         if found["impact"] in ("serious", "critical")
         for node in found["nodes"]
     ]
