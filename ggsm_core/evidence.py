@@ -34,6 +34,8 @@ PROFILES = (
     "study_long",
     "study_centred",
     "study_asked",
+    "study_asked_visits",
+    "study_asked_offers",
     "study_answers",
     "study_anchors",
     "study_tuned",

@@ -40,6 +40,7 @@ LEAST = {
 WHOLE = (
     *("study", "study_new_users", "controls", "ablation"),
     *("attempts", "study_wide", "study_full", "study_long", "study_centred", "study_asked"),
+    *("study_asked_visits", "study_asked_offers"),
     *("study_answers", "study_anchors", "study_tuned", "schedule"),
 )
 
@@ -116,3 +117,17 @@ def test_claims_are_named_as_not_measured(tmp_path: Path, monkeypatch: pytest.Mo
     assert "results/study_new_users: not published yet." in shown["audit"]
     assert "results/study_new_users is not published" in shown["claims"]
     assert "one seed has no spread" in shown["claims"] or "are not in results/study" in shown["claims"]
+
+
+def test_each_task_is_read_with_the_query_that_fits_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From three tables; of their mean the hand-made features' lead of 0.03 shows."""
+    asked = ("study_asked", "study_asked_visits", "study_asked_offers")
+    shown = execute(
+        PAGES[3], tmp_path, {name: published.rows_of(name) for name in ("study", *asked)}, monkeypatch
+    )
+    lines = [line for line in shown["asked"].split("<tr") if "study_asked" in line]
+    assert [sum(f">{name}<" in line for line in lines) for name in asked] == [5, 2, 2]
+    assert all("redeem_known" in line or "mailer_share_hi" in line for line in lines if asked[2] in line)
+    assert "on the mean of nine: minus `handmade` \N{MINUS SIGN}0.03" in shown["learned"]
