@@ -71,6 +71,7 @@ def pip(arguments: list[str], began: float, total: int, what: str) -> None:
         "pip",
         "install",
         "--disable-pip-version-check",
+        "--no-compile",  # of 26,000 files a few thousand are ever imported, and compiled then
         *arguments,
     ]
     with LOG.open("ab") as log:
