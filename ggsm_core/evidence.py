@@ -31,6 +31,8 @@ PROFILES = (
     "study_full",
     "study_long",
     "study_asked",
+    "study_asked_visits",
+    "study_asked_offers",
     "study_tuned",
     "mixes",
 )
