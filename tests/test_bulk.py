@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -156,6 +158,28 @@ def test_the_history_is_as_long_as_the_profiles(tmp_path: Path, more: list[str],
     assert bulk.main([str(path), "--out", str(out), "--anchor", "2017-07-01", *more]) == 0
     bulk.local(path, expected, **(SETTINGS | {"history_days": days, "breakdowns": bool(more)}))
     assert out.read_bytes() == expected.read_bytes()
+
+
+LATE = "The current node timed out during startup. This could happen because ..."
+
+
+@pytest.mark.parametrize(
+    ("message", "failing", "tried", "starts"),
+    [(LATE, 1, 2, True), (LATE, bulk.TRIES, bulk.TRIES, False), ("no room", 1, 1, False)],
+)
+def test_ray_may_be_late_but_not_broken(message: str, failing: int, tried: int, starts: bool) -> None:
+    """A node that starts too slowly is started again; any other fault is raised at once."""
+    calls: list[str] = []
+
+    def init(**settings: Any) -> None:
+        calls.append("init")
+        if calls.count("init") <= failing:
+            raise Exception(message)
+
+    ray = SimpleNamespace(init=init, shutdown=lambda: calls.append("shutdown"))
+    with nullcontext() if starts else pytest.raises(Exception, match=message[:20]):
+        bulk._start(ray)
+    assert calls == ["init", *["shutdown", "init"] * (tried - 1)]
 
 
 @pytest.mark.slow

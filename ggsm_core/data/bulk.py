@@ -50,6 +50,8 @@ BUCKETS = 256
 """Groups of users, by a hash of their names, that a cluster works on, each in one piece."""
 PARTITIONS = 16
 """Parts that a cluster shuffles these groups into."""
+TRIES = 3
+"""Times that Ray may try to start."""
 _OUT = pa.schema({"user": pa.large_string(), "text": pa.large_string()})
 
 
@@ -101,7 +103,7 @@ def buckets_on_ray(events: Path, skip: frozenset[int] = frozenset()) -> Iterator
 
     if started := not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(include_dashboard=False, log_to_driver=False)
+        _start(ray)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         yield (
@@ -112,6 +114,19 @@ def buckets_on_ray(events: Path, skip: frozenset[int] = frozenset()) -> Iterator
         )
     finally:
         if started:
+            ray.shutdown()
+
+
+def _start(ray: Any) -> None:
+    """Ray gives its node half a minute to start, which a busy machine may miss: it may try three times."""
+    for attempt in range(1, TRIES + 1):
+        try:
+            ray.init(include_dashboard=False, log_to_driver=False)
+            return
+        except Exception as problem:  # Ray raises no narrower one
+            if attempt == TRIES or "timed out during startup" not in str(problem):
+                raise
+            print(f"Ray did not start in time; attempt {attempt + 1} of {TRIES}", file=sys.stderr)
             ray.shutdown()
 
 
