@@ -34,8 +34,6 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
-COLOURS = ["color-contrast", "link-in-text-block"]
-"""The rules of axe-core that look at colours."""
 # Contrast is most of axe-core's work, and one for all words of a page that look alike: code has thousands.
 HIDE_ALIKE = """() => {
   const behind = (node) => {
@@ -60,15 +58,15 @@ HIDE_ALIKE = """() => {
 }"""
 
 
-def serious(page: Any, only: list[str] | None = None) -> list[str]:
+def serious(page: Any) -> list[str]:
     """What axe-core finds on an opened page and calls serious or critical: the rule and where."""
     from axe_playwright_python.sync_playwright import Axe
 
     page.evaluate(HIDE_ALIKE)
-    found = Axe().run(page, options={"resultTypes": ["violations"]} | ({"runOnly": only} if only else {}))
+    violations = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
     return [
         f"{found['id']}: {node['target']} {node['html'][:120]}"
-        for found in found.response["violations"]
+        for found in violations
         if found["impact"] in ("serious", "critical")
         for node in found["nodes"]
     ]

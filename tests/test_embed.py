@@ -337,7 +337,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def ray() -> Iterator[Any]:
     """One Ray for all calls of a test, since starting it takes longer than they do."""
     ray = pytest.importorskip("ray")
-    ray.init(include_dashboard=False, log_to_driver=False)
+    bulk._start(ray)
     yield ray
     ray.shutdown()
 

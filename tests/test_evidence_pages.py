@@ -26,7 +26,6 @@ FEW = {
         "bidirectional": 1,
         "ggsm": 2,
         "ggsm_embeddings_rank": 1,
-        "ggsm_random": 1,
         "ggsm_layer0_none": 1,
     },
     "schedule": {"bidirectional": 1, "ggsm": 2, "ggsm_warm_25": 1},
