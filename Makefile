@@ -30,7 +30,7 @@ study: install  ## the evidence, hours: all that needs no hub, five seeds, ablat
 test: install  ## the tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile
 
-test-slow: install  ## the tests that take long: killed processes, real servers, many ranks
+test-slow: install  ## the tests that take long: Ray, real weights, killed processes
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow -n 2 --dist loadfile
 
 lint: install  ## ruff and mypy

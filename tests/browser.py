@@ -34,20 +34,21 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
-# Contrast is most of axe-core's work, and one for all words of a page that look alike: code has thousands.
-HIDE_ALIKE = """() => {
+# Colours are most of axe-core's work, and one is enough of all words that look alike in a part of the page.
+SHOW_ONE = """() => {
   const behind = (node) => {
     const colour = node && getComputedStyle(node).backgroundColor;
     return colour === "rgba(0, 0, 0, 0)" ? behind(node.parentElement) : colour;
   };
-  for (const word of document.querySelectorAll("[data-alike]")) {
-    word.style.removeProperty("visibility");
-    delete word.dataset.alike;
-  }
+  const through = (node) => node ? getComputedStyle(node).opacity * through(node.parentElement) : 1;
   const seen = new Set(), alike = [];
-  for (const word of document.querySelectorAll(":is(pre, dt) span:not(:has(*), a span, button span)")) {
-    const { color, opacity, fontSize, fontWeight, visibility } = getComputedStyle(word);
-    const look = [color, opacity, fontSize, fontWeight, visibility, behind(word)].join();
+  for (const word of document.querySelectorAll("body *:not(:has(*), svg *, script, style)")) {
+    const { color, fontSize, fontWeight, visibility, textDecorationLine } = getComputedStyle(word);
+    if (!word.textContent.trim() || visibility !== "visible") continue;
+    const around = getComputedStyle(word.parentElement).color;
+    const part = word.closest("header, nav, aside, main, footer, pre, table, .admonition")?.className;
+    const look = [word.tagName, color, around, behind(word), through(word), fontSize, fontWeight,
+                  textDecorationLine, part].join();
     if (seen.has(look)) alike.push(word);
     seen.add(look);
   }
@@ -56,17 +57,37 @@ HIDE_ALIKE = """() => {
     word.dataset.alike = "";
   }
 }"""
+SHOW_ALL = """() => {
+  for (const word of document.querySelectorAll("[data-alike]")) {
+    word.style.removeProperty("visibility");
+    delete word.dataset.alike;
+  }
+}"""
+COLOURS = ["color-contrast", "link-in-text-block"]
+PICTURES = ["image-alt", "role-img-alt", "svg-img-alt"]
 
 
-def serious(page: Any) -> list[str]:
-    """What axe-core finds on an opened page and calls serious or critical: the rule and where."""
+def serious(page: Any, looks: bool = False) -> list[str]:
+    """What axe-core finds on an opened page and calls serious or critical: the rule and where.
+
+    ``looks``: only the rules that another colour scheme with its own pictures could break.
+    """
     from axe_playwright_python.sync_playwright import Axe
 
-    page.evaluate(HIDE_ALIKE)
-    violations = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    def violations(**options: Any) -> list[dict[str, Any]]:
+        given = {"resultTypes": ["violations"], **options}
+        return list(Axe().run(page, options=given).response["violations"])
+
+    if looks:
+        found = violations(runOnly={"type": "rule", "values": PICTURES})
+    else:
+        found = violations(rules={rule: {"enabled": False} for rule in COLOURS})
+    page.evaluate(SHOW_ONE)
+    found += violations(runOnly={"type": "rule", "values": COLOURS})
+    page.evaluate(SHOW_ALL)
     return [
-        f"{found['id']}: {node['target']} {node['html'][:120]}"
-        for found in violations
-        if found["impact"] in ("serious", "critical")
-        for node in found["nodes"]
+        f"{fault['id']}: {node['target']} {node['html'][:120]}"
+        for fault in found
+        if fault["impact"] in ("serious", "critical")
+        for node in fault["nodes"]
     ]

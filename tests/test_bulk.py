@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
@@ -119,7 +116,7 @@ def test_a_log_out_of_order_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
-@pytest.mark.parametrize("engine", [bulk.local, pytest.param(bulk.on_ray, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", [bulk.local, bulk.on_ray])
 def test_a_bad_row_far_down_is_named_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: Any
 ) -> None:
@@ -180,20 +177,3 @@ def test_ray_may_be_late_but_not_broken(message: str, failing: int, tried: int, 
     with nullcontext() if starts else pytest.raises(Exception, match=message[:20]):
         bulk._start(ray)
     assert calls == ["init", *["shutdown", "init"] * (tried - 1)]
-
-
-@pytest.mark.slow
-def test_ray_writes_the_same_bytes(tmp_path: Path) -> None:
-    """The real command in a process of its own; Ray gets the log in another order."""
-    pytest.importorskip("ray")
-    events = log(60)
-    write(events, tmp_path / "sorted.parquet")
-    write(events.sample(fraction=1, shuffle=True, seed=2), tmp_path / "shuffled.parquet")
-    environment = os.environ | {"RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    for log_name, engine in (("sorted.parquet", "local"), ("shuffled.parquet", "ray")):
-        command = [sys.executable, "-m", "ggsm_core.data.bulk", str(tmp_path / log_name)]
-        more = ["--out", str(tmp_path / engine), "--anchor", "2017-07-01", "--engine", engine]
-        done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "local").read_bytes() == (tmp_path / "ray").read_bytes()
-    assert pq.read_metadata(tmp_path / "ray").num_rows == 60

@@ -64,8 +64,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("recipe", "options"), RUNS)
 def test_any_number_of_processes_computes_the_same_run(
     corpus: dict[str, Path], tmp_path: Path, recipe: str, options: dict[str, Any], dtype: torch.dtype
@@ -82,7 +81,6 @@ def test_any_number_of_processes_computes_the_same_run(
             assert max(differences(rank, found[0]).values()) == 0  # frozen weights included
 
 
-@pytest.mark.slow
 def test_micro_batches_on_two_processes_compute_the_same_run(corpus: dict[str, Path], tmp_path: Path) -> None:
     whole = fleet.settings("ggsm", warm_steps=12)
     cached = fleet.settings("ggsm", warm_steps=12, micro_batch=2)
@@ -91,7 +89,6 @@ def test_micro_batches_on_two_processes_compute_the_same_run(corpus: dict[str, P
         assert max(differences(rank, expected).values()) <= 1e-6
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [fleet.without_others_terms, fleet.without_scaling])
 def test_a_wrong_gradient_would_be_seen(corpus: dict[str, Path], tmp_path: Path, wrong: Any) -> None:
     """Negative controls of the tests above."""

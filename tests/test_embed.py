@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 import polars as pl
 import pytest
 import tiny
-from polars.testing import assert_frame_equal
 
 from ggsm_core import collation, embed, model, sections, template
 from ggsm_core.data import bulk, windows
@@ -331,45 +329,3 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         setattr(unknown, name, None)
         with pytest.raises(embed.EmbedError, match="without template or history_days"):
             embed.embed(unknown, tmp_path / "events.parquet", tmp_path / "p")
-
-
-@pytest.fixture
-def ray() -> Iterator[Any]:
-    """One Ray for all calls of a test, since starting it takes longer than they do."""
-    ray = pytest.importorskip("ray")
-    bulk._start(ray)
-    yield ray
-    ray.shutdown()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own
-@pytest.mark.usefixtures("ray")
-def test_ray_embeds_each_user_once_however_often_it_is_cut_off(tmp_path: Path) -> None:
-    """Cut off after three shards; those stay as they are, and all rows are those of one machine."""
-    events, used = log(20), encoder(features=384)  # MiniLM's, which every worker loads
-    expected = run(tmp_path, events, encoder=used, texts=None)
-    given = {"anchor": ANCHOR, "texts": None}
-
-    def stop(done: float, total: float, message: str) -> None:
-        if done >= 3:
-            raise Cut
-
-    with pytest.raises(Cut):
-        embed.on_ray(used, tmp_path / "events.parquet", tmp_path / "shards", progress=stop, **given)
-    parts = tmp_path / "shards.parts"
-    kept = {part.name: part.stat().st_mtime_ns for part in parts.glob("*.parquet")}
-    assert len(kept) >= 3 and not (tmp_path / "shards").exists()
-    with pytest.raises(embed.EmbedError, match="another model, log or setting"):
-        other = encoder(9, features=384)
-        embed.on_ray(other, tmp_path / "events.parquet", tmp_path / "shards", **given)
-    embed.on_ray(used, tmp_path / "events.parquet", tmp_path / "shards", **given)
-    shards = sorted((tmp_path / "shards").iterdir())
-    assert not parts.exists() and len(shards) > len(kept)
-    assert kept == {part.name: part.stat().st_mtime_ns for part in shards if part.name in kept}
-    assert_frame_equal(pl.read_parquet(tmp_path / "shards").sort("user"), expected, abs_tol=1e-5)
-    with pytest.raises(embed.EmbedError, match="is there already"):
-        embed.on_ray(used, tmp_path / "events.parquet", tmp_path / "shards", **given)
-    events.clear().write_parquet(tmp_path / "none.parquet")
-    with pytest.raises(EventError, match=r"none\.parquet: holds not one event"):
-        embed.on_ray(used, tmp_path / "none.parquet", tmp_path / "nobody", **given)

@@ -87,5 +87,7 @@ def test_workflows_call_what_is_there() -> None:
     assert tests and all((ROOT / name).is_file() for name in tests)
     publish = yaml.safe_load((ROOT / ".github" / "workflows" / "publish.yml").read_text())
     assert any(step.get("run") == "make book" for step in publish["jobs"]["build"]["steps"])
+    nightly = yaml.safe_load((ROOT / ".github" / "workflows" / "nightly.yml").read_text())
+    assert any(step.get("run") == "make test-slow" for step in nightly["jobs"]["slow"]["steps"])
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o100 and "set -eo pipefail" in script.read_text()

@@ -22,12 +22,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ggsm_core import params, stages
+from ggsm_core.runs import Store
+
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 PROFILE = f"""
 extends: {ROOT}/params/smoke.yaml
 name: launched
-data: {{households: 60}}
 training: {{total_steps: 20, batch_size: 7, learning_rate: 1.0e-4, checkpoint_every: 2}}
 recipes: {{ggsm: {{warm_steps: 12}}}}
 """
@@ -73,9 +75,17 @@ def ended(process: subprocess.Popen[str], seconds: int = 120) -> int:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with profile, trace, and the runs of one undisturbed process."""
+    """The folder with profile, trace, and the runs of one undisturbed process.
+
+    What its training needs is linked where the smoke book has left it, else computed.
+    """
     folder = tmp_path_factory.mktemp("launched")
     (folder / "profile.yaml").write_text(PROFILE)
+    (folder / "one").mkdir()
+    plan = stages.Plan(stages.GRAPH, params.load(folder / "profile.yaml"), Store())
+    needed = stages.with_needs(plan.node("contrast", "ggsm", 0).inputs.values())
+    for name in stages.check(needed, plan.store):
+        (folder / "one" / name).symlink_to(plan.store.folder(name))
     command = [sys.executable, *ours(folder / "profile.yaml"), "--profile-trace", str(folder / "trace")]
     done = subprocess.run(command, env=environment(folder / "one"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

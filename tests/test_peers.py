@@ -351,7 +351,6 @@ def test_minilm_embeds_each_text_by_itself() -> None:
     assert cut[0] == pytest.approx(cut[1], abs=1e-5), "cut at max_tokens"
 
 
-@pytest.mark.slow
 def test_the_stage_embeds_the_probe_split_as_the_template_writes_it(tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
@@ -441,7 +440,6 @@ def test_a_row_that_can_not_be_is_refused(names: list[str], words: str, tmp_path
     assert words in str(problem.value)
 
 
-@pytest.mark.slow
 def test_joined_puts_both_side_by_side(tmp_path: Path) -> None:
     """An embedding that holds the label lifts the row to 1; one of other samples is refused."""
     from safetensors.numpy import save_file

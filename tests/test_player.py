@@ -110,7 +110,6 @@ def test_a_page_holds_everything_and_asks_for_nothing() -> None:
     assert re.findall(r'alt="([^"]{20,})"', html)
 
 
-@pytest.mark.slow
 def test_a_long_run_of_a_long_sequence_stays_small() -> None:
     length = 128
     batch = Batch(

@@ -9,15 +9,12 @@ import sys
 from itertools import combinations
 from pathlib import Path
 
-import pytest
-
 from ggsm_core import evidence, params, verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
 def test_ten_lines_embed_and_probe(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     code = (
