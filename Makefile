@@ -2,6 +2,8 @@
 PROFILE ?= quick
 PYTHON ?= python3
 PY := .venv/bin/python
+# .venv is ours, and compiled as it is imported: kept from that, every process would compile all of it again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install book print results study test test-slow lint params gpu-check bench lab clean
