@@ -220,12 +220,19 @@ def test_the_check_notices_a_request_and_an_error(browser: Any, tmp_path: Path) 
 # --- for everyone -----------------------------------------------------------------------------------------
 
 
+KINDS = {
+    "intro", "equations", "results", "api", "search", "genindex",
+    "notebooks/01_data_template", "notebooks/08_ggsm_warmup", "notebooks/10_auc_comparison",
+}  # fmt: skip
+"""A page of every kind: prose, mathematics, tables, code, a film, plots."""
+
+
 @needs_book
 @needs_browser
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if name.startswith("api_") else ())  # they look alike
+        pytest.param(name, marks=() if name in KINDS else pytest.mark.slow)
         for name in [*PAGES, "search", "genindex"]
     ],
 )

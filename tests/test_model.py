@@ -754,6 +754,7 @@ def smollm2_users(encoder: model.UserEncoder, side: str) -> collation.Batch:
     return collation.collate(rows, encoder.ids["<pad>"], tiny.feature_of, side)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_smollm2_sees_what_it_may_and_no_batch(smollm2: Callable[..., model.UserEncoder], name: str) -> None:
     """Direct visibility after block 0, reach after the last; embeddings alone and in a batch; in fp32."""
