@@ -270,13 +270,13 @@ def test_axe_and_the_phone_notice_a_fault(browser: Any, tmp_path: Path) -> None:
     page = browser.new_page(viewport={"width": 390, "height": 844})
     page.goto(bad.as_uri())
     faults = serious(page)
-    dark = serious(page, looks=True)
+    looks = serious(page, looks=True)
     rules = {found.split(":")[0] for found in faults}
     wide = page.evaluate("document.documentElement.scrollWidth")
     page.close()
     assert {"image-alt", "color-contrast"} <= rules
     assert all(any(word in fault for fault in faults) for word in ("pale", "veiled", "hidden link"))
-    assert {found.split(":")[0] for found in dark} == {"image-alt", "color-contrast", "link-in-text-block"}
+    assert {found.split(":")[0] for found in looks} == {"image-alt", "color-contrast", "link-in-text-block"}
     assert wide > 390
 
 

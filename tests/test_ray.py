@@ -27,14 +27,13 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
     """One Ray for all calls, since starting it takes longer than they do."""
-    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
         # Workers without work stay: each takes seconds to start.
         patch.setenv("RAY_num_workers_soft_limit", "32")
         patch.setenv("RAY_idle_worker_killing_time_threshold_ms", "600000")
-        bulk._start(ray)
-        yield ray
-        ray.shutdown()
+        with bulk.connected() as ray:
+            yield ray
 
 
 def test_ray_writes_the_same_bytes(tmp_path: Path) -> None:

@@ -98,13 +98,7 @@ def on_ray(events: Path, out: Path, **settings: Any) -> None:
 @contextmanager
 def buckets_on_ray(events: Path, skip: frozenset[int] = frozenset()) -> Iterator[Any]:
     """A log's events as Ray's groups by ``bucket``, without those to ``skip``; Ray is there meanwhile."""
-    import ray
-    import ray.data
-
-    if started := not ray.is_initialized():
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        _start(ray)
-    try:
+    with connected() as ray:
         ray.data.DataContext.get_current().enable_progress_bars = False
         yield (
             ray.data.read_parquet(str(events.resolve()))
@@ -112,9 +106,23 @@ def buckets_on_ray(events: Path, skip: frozenset[int] = frozenset()) -> Iterator
             .map_batches(partial(_bucketed, skip=skip), batch_format="pyarrow")
             .groupby("bucket", num_partitions=PARTITIONS)
         )
+
+
+@contextmanager
+def connected() -> Iterator[Any]:
+    """Ray on the cluster that it is connected to, else on this machine as long as this lasts."""
+    import ray
+    import ray.data
+
+    if ray.is_initialized():
+        yield ray
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _start(ray)
+    try:
+        yield ray
     finally:
-        if started:
-            ray.shutdown()
+        ray.shutdown()
 
 
 def _start(ray: Any) -> None:
